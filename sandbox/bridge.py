@@ -1,0 +1,91 @@
+"""The bridge: first process of the jail. Gives up its privileges, loads the agent, runs its turns, reaps.
+
+Covers: the agent's side of the conversation with the keeper, and what is the same for every runtime: joining pieces of text, adding
+a result, turning an exception into the turn's end. Leaves out: how each runtime runs an agent (runtimes/).
+
+FORK: runs in a child of the keeper's. asyncio is imported here only once the fork is done (the zygote has it preloaded).
+SECURITY: from `claim` on this process runs the agent's code. Nothing it says is believed by the keeper.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sandbox import jail
+from sandbox.protocol import Tag
+from sandbox.title import set_title
+
+if TYPE_CHECKING:
+    from sandbox.turns import Bridge
+
+
+def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> NoReturn:
+    """Becomes the bridge. FORK: called in a fresh child of the keeper; never returns."""
+    code = 1
+    try:
+        set_title("ashd: bridge (warm)")
+        keeper = _own_descriptors(keeper_fd, stdout_fd, stderr_fd)
+        jail.enter(spec)
+        keeper.sendall(Tag.JAILED + b"{}\n")
+        if (claim := _await_claim(keeper)) is not None:
+            code = _serve(keeper, claim)
+        else:
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _own_descriptors(keeper_fd: int, stdout_fd: int, stderr_fd: int) -> socket.socket:
+    """stdin from nowhere, stdout and stderr to the keeper's log, the keeper's socket as descriptor 3, and nothing else."""
+    high = os.dup2(keeper_fd, 100, inheritable=False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(stdout_fd, 1)
+    os.dup2(stderr_fd, 2)
+    os.closerange(3, 100)
+    os.closerange(101, 65536)
+    os.dup2(high, 3, inheritable=False)
+    os.close(high)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return socket.socket(fileno=3)
+
+
+def _await_claim(keeper: socket.socket) -> dict[str, Any] | None:
+    """The session this sandbox is given to; None if it is never claimed. WAITS: as long as the sandbox stays warm."""
+    buffer = bytearray()
+    while not buffer.endswith(b"\n"):
+        data = keeper.recv(1 << 16)
+        if not data:
+            return None
+        buffer += data
+    claim: dict[str, Any] = json.loads(buffer)
+    return claim if claim["type"] == "claim" else None
+
+
+def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
+    """Runs the session's turns until told to end."""
+    import asyncio  # FORK: only now
+
+    from sandbox.turns import Bridge
+
+    set_title(f"ashd: bridge {claim['session_id']}")
+    workspace = Path(claim["workspace"])
+    os.chdir(workspace)
+    os.environ.clear()  # SECURITY: an allow-list; what the host's environment holds is none of the agent's business
+    os.environ.update(
+        {"PATH": claim["path"], "HOME": str(workspace), "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PWD": str(workspace)}
+    )
+    os.environ.update(claim["env"])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bridge: Bridge = Bridge(keeper, claim)
+    return asyncio.run(bridge.serve())

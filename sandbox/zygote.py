@@ -1,0 +1,73 @@
+"""The zygote: imports what sandboxes need once, then forks a keeper whenever its supervisor asks for one.
+
+Covers: preloading, the probe of what the host allows, forking, reaping. Leaves out: everything a keeper does (keeper.py).
+
+Runs as `python -m sandbox.zygote FD [MODULE …]`: FD is its end of a SOCK_SEQPACKET pair, one JSON object a message. It first sends
+{"ready": probe}; it gets {"sandbox", "folder", "jail", "bounds"} and answers {"sandbox", "pid"} or {"sandbox", "error"}.
+Ends when the supervisor's end closes. Keepers live on; their new parent reaps them.
+
+FORK: single-threaded, no event loop, no sockets but the one; what is imported here is shared by every sandbox.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+from sandbox import jail, keeper
+from sandbox.title import set_title
+
+_MAX_REQUEST_BYTES = 128 * 1024
+
+
+def main(arguments: list[str]) -> int:
+    """Serves fork requests until the supervisor is gone."""
+    control = socket.socket(fileno=int(arguments[0]))
+    for module in arguments[1:]:
+        importlib.import_module(module)
+    set_title("ashd: zygote")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is for the supervisor, which ends us in its own time
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    control.send(json.dumps({"ready": jail.probe()}).encode())
+    gc.collect()
+    gc.freeze()  # PERF: the collector never touches, and so never copies, the pages shared with every sandbox
+    while True:
+        ready, _, _ = select.select([control.fileno(), wake_read], [], [])
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+            _reap()
+        if control.fileno() in ready:
+            request = control.recv(_MAX_REQUEST_BYTES)
+            if not request:
+                return 0
+            control.send(json.dumps(_spawn(json.loads(request))).encode())
+
+
+def _spawn(request: keeper.Request) -> dict[str, object]:
+    try:
+        pid = os.fork()
+    except OSError as error:
+        return {"sandbox": request["sandbox"], "error": f"fork: {error.strerror}"}
+    if pid == 0:
+        keeper.run(request)  # FORK: never returns
+    return {"sandbox": request["sandbox"], "pid": pid}
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
