@@ -1,0 +1,190 @@
+"""One sandbox, seen from the supervisor: its folder, the conversation with its keeper, and what is known of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ashd import log
+from ashd.domain import sandbox as machine
+from ashd.domain.sandbox import Fact, State
+from ashd.errors import Rejected, SandboxFailed, Unavailable
+from ashd.runner.journals import Bell, Recording
+from sandbox.protocol import MAX_COMMAND_BYTES, encode_line
+
+_log = log.get(__name__)
+
+_CONNECT_PAUSE_S = 0.005
+_MAX_ANSWER_BYTES = 1024 * 1024
+
+
+class SandboxTask:
+    """A sandbox and its keeper's connection.
+
+    `recording` and `session` are None while nobody has claimed it. `closed` is set when the journal has its last record.
+    """
+
+    def __init__(self, sandbox_id: str, folder: Path, uid: int | None, grew: Callable[[SandboxTask], None]) -> None:
+        self.id = sandbox_id
+        self.folder = folder
+        self.uid = uid
+        self.state = State.WARMING
+        self.session = ""
+        self.epoch = 0
+        self.keeper_pid = 0
+        self.last_seq = 0
+        self.open_turn = ""
+        self.enforced: list[str] = []
+        self.was_warm = False
+        self.recording = Recording(0)
+        self.grew = Bell()
+        self.closed = asyncio.Event()
+        self.gone = asyncio.Event()
+        self._on_growth = grew
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.log = _log.bind(sandbox=sandbox_id)
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "workspace"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal"
+
+    @property
+    def takes_a_slot(self) -> bool:
+        return self.state in machine.LIVE
+
+    def learn(self, fact: Fact) -> None:
+        """The one place where the state changes."""
+        self.state = machine.step(self.state, fact)
+
+    def belong_to(self, session: str, epoch: int, acked_seq: int) -> None:
+        """From now on this is that session's sandbox, and nobody else's ever."""
+        self.session, self.epoch = session, epoch
+        self.last_seq = acked_seq
+        self.recording = Recording(acked_seq)
+        self.log = _log.bind(sandbox=self.id, session=session, epoch=epoch)
+
+    # ------------------------------------------------------------ the keeper
+
+    async def connect(self, timeout_s: float) -> dict[str, Any]:
+        """Connects to the keeper and returns how it says things stand. Raises SandboxFailed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        await self._open()
+                        break
+                    except (FileNotFoundError, ConnectionRefusedError):
+                        await asyncio.sleep(_CONNECT_PAUSE_S)  # the keeper is on its way there
+                assert self._reader is not None
+                hello: dict[str, Any] = json.loads(await self._reader.readline())["hello"]
+                if hello["life"] == "jailing":
+                    hello |= json.loads(await self._reader.readline())
+        except (OSError, TimeoutError, ValueError) as error:
+            raise SandboxFailed(f"the keeper does not answer: {error!r}", code="keeper.silent") from None
+        self.keeper_pid = hello["pid"]
+        return hello
+
+    async def _open(self) -> None:
+        folder = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
+        try:  # through the descriptor, because a socket's path may have 107 bytes only
+            self._reader, self._writer = await asyncio.open_unix_connection(
+                f"/proc/self/fd/{folder}/keeper.sock", limit=_MAX_ANSWER_BYTES
+            )
+        finally:
+            os.close(folder)
+
+    async def call(self, command: str, within_s: float, **fields: Any) -> dict[str, Any]:
+        """A command to the keeper and its answer. Raises Rejected (the keeper's refusal), Unavailable (no answer)."""
+        if self._writer is None or self.state is State.GONE:
+            raise Unavailable("the sandbox is gone", code="sandbox.gone")
+        number = next(self._numbers)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(within_s):
+                line = encode_line({"cmd": command, "re": number, **fields})
+                assert len(line) <= MAX_COMMAND_BYTES
+                self._writer.write(line)
+                await self._writer.drain()
+                result: dict[str, Any] = await answer
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the keeper does not answer: {error!r}", code="keeper.silent") from None
+        finally:
+            self._answers.pop(number, None)
+        if "error" in result:
+            raise Rejected(result["error"], code=result["code"])
+        return result
+
+    def tell(self, command: str, **fields: Any) -> None:
+        """A command whose answer nobody waits for."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_line({"cmd": command, "re": 0, **fields}))
+
+    async def listen(self) -> None:
+        """Takes what the keeper says until it hangs up."""
+        assert self._reader is not None
+        with contextlib.suppress(ConnectionError):
+            while line := await self._reader.readline():
+                self._hear(json.loads(line))
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        if (number := said.get("re")) is not None:
+            waiting = self._answers.get(number)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(said)
+        elif "grew" in said:
+            self.last_seq = said["grew"]
+            self._follow_turn(said["open_turn"])
+            self.grew.ring()
+            self._on_growth(self)
+        elif said.get("life") == "ready":
+            self.learn(Fact.LOADED)
+        elif "timing" in said:
+            print(json.dumps(said["timing"]), file=sys.stderr, flush=True)
+        elif "closed" in said:
+            self.log.info("sandbox closed", cause=said["closed"])
+
+    def _follow_turn(self, open_turn: str) -> None:
+        if open_turn and not self.open_turn:
+            self.learn(Fact.TURN_LAUNCHED)
+        elif self.open_turn and not open_turn:
+            self.learn(Fact.TURN_SETTLED)
+            self.tell("acked", seq=self.recording.acked_seq)
+        self.open_turn = open_turn
+
+    def hang_up(self) -> None:
+        """Closes the connection and wakes whoever waits for an answer on it."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_exception(ConnectionError("the keeper hung up"))
+
+    def keeper_is_dead(self) -> bool:
+        """Whether the keeper's lock is free; it holds it for life."""
+        try:
+            lock = os.open(self.folder / "lock", os.O_RDWR)
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(lock)
+        return True

@@ -1,0 +1,119 @@
+"""The runner's gRPC service: what coordinators may ask of a supervisor, in the wire's words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from grpc import aio
+
+from ashd import log
+from ashd.errors import AshdError, Fault, Rejected
+from ashd.runner.journals import follow
+from ashd.runner.sandbox_task import SandboxTask
+from ashd.runner.supervisor import Claim, Supervisor
+from ashd.wire import status
+from ashd.wire.convert import event_of
+from ashd.wire.v1 import events_pb2, runner_pb2, runner_pb2_grpc
+from sandbox.journal import Corrupt, Position
+
+_log = log.get(__name__)
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class RunnerService(runner_pb2_grpc.RunnerServicer):
+    """Answers for one supervisor. Every method turns our errors into statuses and nothing else."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    async def StartSession(
+        self, request: runner_pb2.StartSessionRequest, context: Context
+    ) -> runner_pb2.StartSessionResponse:
+        try:
+            sandbox = await self._supervisor.start_session(_claim_of(request))
+        except AshdError as error:
+            _log.warning("session could not be started", session=request.session_id, code=error.code, error=error.message)
+            await status.abort(context, error)
+        return runner_pb2.StartSessionResponse(
+            sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced
+        )
+
+    async def StartTurn(
+        self, request: runner_pb2.StartTurnRequest, context: Context
+    ) -> AsyncIterator[events_pb2.EventBatch]:
+        try:
+            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            asked = _json_of(request.request)
+            after = await self._supervisor.start_turn(sandbox, request.turn_id, asked, request.timeout_ms / 1000)
+        except AshdError as error:
+            await status.abort(context, error)
+        async for batch in self._events(sandbox, Position(after, 0), context):
+            yield batch
+
+    async def StreamEvents(
+        self, request: runner_pb2.StreamEventsRequest, context: Context
+    ) -> AsyncIterator[events_pb2.EventBatch]:
+        try:
+            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            if request.after_seq > sandbox.last_seq:
+                ahead = f"the cursor names event {request.after_seq}, the session has {sandbox.last_seq}"
+                raise Rejected(ahead, code=status.AHEAD)
+        except AshdError as error:
+            await status.abort(context, error)
+        async for batch in self._events(sandbox, Position(request.after_seq, request.after_part), context):
+            yield batch
+
+    async def _events(
+        self, sandbox: SandboxTask, after: Position, context: Context
+    ) -> AsyncIterator[events_pb2.EventBatch]:
+        try:
+            batches = follow(sandbox.journal, after, sandbox.grew, sandbox.closed, sandbox.recording)
+            async for starts_after, records in batches:
+                yield events_pb2.EventBatch(
+                    events=[event_of(record) for record in records], journal_from_seq=starts_after.seq
+                )
+        except FileNotFoundError:
+            await status.abort(context, Rejected("the sandbox's journal is gone", code=status.NOT_HERE))
+        except Corrupt as error:
+            sandbox.log.error("journal is corrupt", error=str(error))
+            await status.abort(context, Fault(f"the session's journal is corrupt: {error}", code="journal.corrupt"))
+
+    async def InterruptTurn(
+        self, request: runner_pb2.InterruptTurnRequest, context: Context
+    ) -> runner_pb2.InterruptTurnResponse:
+        try:
+            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            interrupted = await self._supervisor.interrupt(sandbox, request.turn_id)
+        except AshdError as error:
+            await status.abort(context, error)
+        return runner_pb2.InterruptTurnResponse(interrupted=interrupted)
+
+    async def EndSession(
+        self, request: runner_pb2.EndSessionRequest, context: Context
+    ) -> runner_pb2.EndSessionResponse:
+        self._supervisor.end_session(request.session_id, request.epoch, "ended")
+        return runner_pb2.EndSessionResponse()
+
+
+def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
+    return Claim(
+        session=request.session_id,
+        epoch=request.epoch,
+        last_seq=request.last_seq,
+        turns=request.turns,
+        bundle=request.bundle_digest,
+        runtime=request.runtime,
+        entry=list(request.entry),
+        env=dict(request.env),
+        settings=_json_of(request.settings_json),
+        memory_bytes=request.limits.memory_bytes,
+        processes=request.limits.processes,
+    )
+
+
+def _json_of(text: bytes | str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(text) if text else {}
+    return value
