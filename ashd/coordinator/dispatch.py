@@ -1,0 +1,193 @@
+"""Asking runners to do what the database has decided: start sessions, launch turns, end sandboxes.
+
+Covers: what to do when a runner refuses or doesn't answer. Leaves out: choosing it (store/placement.py), following it (follow.py).
+
+What must come to an end although its client has left runs in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import aio
+
+from ashd import log
+from ashd.config.schema import CoordinatorConfig
+from ashd.coordinator.background import Background
+from ashd.coordinator.fleet import Fleet
+from ashd.coordinator.follow import Call, first_answer
+from ashd.domain.restart import Backoff
+from ashd.errors import AshdError, Conflict, NotFound, Rejected, Unavailable
+from ashd.store import sessions, turns
+from ashd.store.pool import Database
+from ashd.wire.status import NOT_HERE, STALE, error_of
+from ashd.wire.v1 import runner_pb2
+
+_log = log.get(__name__)
+
+_END_TIMEOUT_S = 5.0
+_LAUNCH_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A turn to launch, and where. The same turn may be asked for again: its keeper launches it once."""
+
+    session: str
+    turn: str
+    epoch: int
+    runner_address: str | None
+    request: str
+    timeout_ms: int
+
+
+class Dispatcher:
+    """One worker's dispatch."""
+
+    def __init__(self, config: CoordinatorConfig, db: Database, fleet: Fleet, background: Background) -> None:
+        self._config = config
+        self._db = db
+        self._fleet = fleet
+        self._background = background
+
+    # ------------------------------------------------------------ sessions
+
+    async def start_session(self, created: sessions.Created) -> sessions.Session:
+        """Has a runner start the session's sandbox; the session, active. Finishes even if nobody waits for it any more."""
+        if created.replayed and created.session.status != "starting":
+            return created.session
+        session = created.session
+        outcome = await asyncio.shield(self._background.run(self._start(session), f"start session {session.id}"))
+        if isinstance(outcome, AshdError):
+            raise outcome
+        return outcome
+
+    async def _start(self, session: sessions.Session) -> sessions.Session:
+        refused: list[str] = []
+        answer = None
+        while answer is None:
+            try:
+                answer = await self._ask_to_start(session)
+            except Unavailable as error:  # full, draining or not answering: the next one
+                refused.append(session.runner_id or "")
+                _log.info("runner can't take a session", session=session.id, runner=session.runner_id, code=error.code)
+                session = await self._move(session, refused)
+            except AshdError as error:
+                await sessions.fail_start(self._db, session.id, session.epoch, error.message)
+                raise Rejected(f"The agent could not be started: {error.message}", code=error.code) from None
+        active = await sessions.activate(self._db, session.id, session.epoch, answer.sandbox_id)
+        if active is None:
+            await self._tell_to_end(session.id, session.epoch, session.runner_address)
+            raise Conflict("The session was ended while it was being started", code="session.ended")
+        return active
+
+    async def _move(self, session: sessions.Session, refused: list[str]) -> sessions.Session:
+        try:
+            return await sessions.move(
+                self._db, session.id, session.epoch, dead_after_s=self._config.runner_dead_after, exclude=refused
+            )
+        except Unavailable as error:
+            await sessions.fail_start(self._db, session.id, session.epoch, error.message)
+            raise
+
+    async def _ask_to_start(self, session: sessions.Session) -> runner_pb2.StartSessionResponse:
+        spec = json.loads(session.agent_spec)
+        limits = {**spec.get("limits", {}), **json.loads(session.limits)}
+        request = runner_pb2.StartSessionRequest(
+            session_id=session.id,
+            epoch=session.epoch,
+            agent_name=session.agent_name,
+            bundle_digest=session.bundle_digest,
+            runtime=spec["runtime"],
+            entry=spec.get("entry", []),
+            env=session.environment(),
+            limits=runner_pb2.Limits(
+                memory_bytes=int(limits.get("memoryMb", 0)) * 1024 * 1024, processes=int(limits.get("maxProcesses", 0))
+            ),
+            settings_json=_settings_of(session),
+            last_seq=session.last_seq,
+            turns=session.turn_count,
+        )
+        runner = self._fleet.runner(session.runner_address)
+        try:
+            response: runner_pb2.StartSessionResponse = await runner.StartSession(
+                request, metadata=self._fleet.metadata, timeout=self._config.create_timeout
+            )
+        except aio.AioRpcError as failed:
+            raise error_of(failed, f"runner {session.runner_id}") from None
+        return response
+
+    async def end_session(self, ended: sessions.Ended) -> None:
+        """Has the runner end the sandbox the session had; one that doesn't answer learns it from its next inventory."""
+        if ended.before is not None and ended.before.runner_address is not None:
+            await self._tell_to_end(ended.before.session_id, ended.before.epoch, ended.before.runner_address)
+
+    async def _tell_to_end(self, session: str, epoch: int, address: str | None) -> None:
+        request = runner_pb2.EndSessionRequest(session_id=session, epoch=epoch)
+        try:
+            runner = self._fleet.runner(address)
+            await runner.EndSession(request, metadata=self._fleet.metadata, timeout=_END_TIMEOUT_S)
+        except aio.AioRpcError as failed:
+            _log.info("runner was not told of a session's end", session=session, error=failed.details())
+
+    # ------------------------------------------------------------ turns
+
+    async def launch(self, launch: Launch) -> Call:
+        """Launches an accepted turn, patiently; the stream of its events, its first batch read.
+
+        A turn that can't be launched any more is settled, and the reason raised: Rejected, NotFound. Raises Unavailable, with the turn
+        still accepted, when the runner doesn't answer for long; the sweep tries again. WAITS: _LAUNCH_PATIENCE_S.
+        """
+        backoff = Backoff(first_s=0.05, most_s=1.0)
+        deadline = asyncio.get_running_loop().time() + _LAUNCH_PATIENCE_S
+        while True:
+            try:
+                return await self._open(launch)
+            except Unavailable:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(backoff.next_s(random.random()))
+            except (NotFound, Rejected) as refusal:
+                await self._give_up(launch, refusal)
+                raise
+
+    async def _open(self, launch: Launch) -> Call:
+        request = runner_pb2.StartTurnRequest(
+            session_id=launch.session,
+            epoch=launch.epoch,
+            turn_id=launch.turn,
+            request=launch.request.encode(),
+            timeout_ms=launch.timeout_ms,
+        )
+        call: Call = self._fleet.runner(launch.runner_address).StartTurn(request, metadata=self._fleet.metadata)
+        await first_answer(call, "the runner")
+        return call
+
+    async def _give_up(self, launch: Launch, why: AshdError) -> None:
+        """Settles a turn its runner has refused: it was not launched and never will be."""
+        if why.code in (NOT_HERE, STALE):
+            text, code = "The session's sandbox is gone; the turn was not run.", "sandbox.gone"
+        else:
+            text, code = why.message, why.code
+        await turns.settle_unlaunched(
+            self._db, launch.turn, launch.epoch, outcome="failed", error=text, code=code
+        )
+
+    def launch_unwatched(self, launch: Launch) -> None:
+        """Launches a turn nobody listens to."""
+
+        async def work() -> None:
+            (await self.launch(launch)).cancel()
+
+        self._background.run(work(), f"launch turn {launch.turn}")
+
+
+def _settings_of(session: sessions.Session) -> str:
+    settings: dict[str, Any] = json.loads(session.settings)
+    if session.model is not None:
+        settings["model"] = session.model
+    return json.dumps(settings)

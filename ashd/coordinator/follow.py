@@ -1,0 +1,158 @@
+"""Following a session: its saved events from the database, the rest from its runner's journal, across every break.
+
+Covers: gaps, broken streams, restarted supervisors, sessions that pause, move or end. Leaves out: what clients see (frames.py).
+
+A follower yields each event once, in order, and after each batch knows its place; whatever happens next, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from ashd import log
+from ashd.coordinator.fleet import Fleet, is_live
+from ashd.coordinator.frames import Shown, from_store, from_wire
+from ashd.coordinator.watch import Watch
+from ashd.domain.restart import Backoff
+from ashd.errors import AshdError, Unavailable
+from ashd.store import events, sessions
+from ashd.store.pool import Database
+from ashd.wire.status import error_of
+from ashd.wire.v1 import events_pb2, runner_pb2
+
+_log = log.get(__name__)
+
+_PAGE = 500
+
+Call = aio.UnaryStreamCall[Any, events_pb2.EventBatch]
+
+
+class Discarded(Exception):
+    """Events this follower has given out were of a lease that ended before they were saved; `seq` is the last that still holds."""
+
+    def __init__(self, epoch: int, seq: int) -> None:
+        super().__init__(f"events after {seq} were discarded")
+        self.epoch = epoch
+        self.seq = seq
+
+
+class Follower:
+    """Follows one session from a place on. `place` is (seq, part) of the last event given out, `epoch` its lease."""
+
+    def __init__(self, db: Database, fleet: Fleet, watch: Watch, session: str, epoch: int, place: tuple[int, int]) -> None:
+        self._db = db
+        self._fleet = fleet
+        self._watch = watch
+        self._session = session
+        self._backoff = Backoff(first_s=0.05, most_s=1.0)
+        self.epoch = epoch
+        self.place = place
+
+    async def batches(
+        self, call: Call | None, location: sessions.Location | None
+    ) -> AsyncGenerator[list[Shown]]:
+        """Batches of events until the session has ended; an empty one is a sign that the runner has answered.
+
+        `call` is a stream that is open already, under `self.epoch`; without one, `location` says where to begin.
+        Raises Discarded; goes on when called again.
+        """
+        while True:
+            if call is None and location is not None and is_live(location):
+                call = self._open(location)
+            if call is not None:
+                async for batch in self._from_runner(call):
+                    yield batch
+            call = None
+            location = await self._watch.where(self._session)
+            if location is None:
+                return
+            async for batch in self._from_database(location):
+                yield batch
+            if location.status == "ended" and self.place[0] >= location.last_seq:
+                return
+
+    def _open(self, location: sessions.Location) -> Call:
+        self.epoch = location.epoch
+        request = runner_pb2.StreamEventsRequest(
+            session_id=self._session, epoch=self.epoch, after_seq=self.place[0], after_part=self.place[1]
+        )
+        runner = self._fleet.runner(location.runner_address)
+        call: Call = runner.StreamEvents(request, metadata=self._fleet.metadata)
+        return call
+
+    async def _from_runner(self, call: Call) -> AsyncIterator[list[Shown]]:
+        """What the runner sends until its stream ends, for whatever reason."""
+        try:
+            while isinstance(batch := await call.read(), events_pb2.EventBatch):
+                self._backoff.reset()
+                if batch.HasField("journal_from_seq") and batch.journal_from_seq > self.place[0]:
+                    async for missing in self._saved_events(batch.journal_from_seq):
+                        yield missing
+                fresh = [event for event in batch.events if (event.seq, event.part) > self.place]
+                self._move(fresh)
+                yield [from_wire(event, self.epoch) for event in fresh]
+        except aio.AioRpcError as failed:
+            error = error_of(failed, "the runner")
+            if failed.code() is not grpc.StatusCode.UNAVAILABLE:
+                _log.info("runner ended a stream", session=self._session, code=error.code, error=error.message)
+            await asyncio.sleep(self._backoff.next_s(random.random()))
+        finally:
+            call.cancel()
+
+    def _move(self, fresh: list[events_pb2.Event]) -> None:
+        if fresh:
+            self.place = (fresh[-1].seq, fresh[-1].part)
+
+    async def _from_database(self, location: sessions.Location) -> AsyncIterator[list[Shown]]:
+        """Saved events we have not had, as far as the database has them."""
+        if location.epoch > self.epoch:
+            await self._check_place(location)
+        async for batch in self._saved_events(location.last_seq):
+            yield batch
+
+    async def _check_place(self, location: sessions.Location) -> None:
+        """A new lease: what we gave out under the old one holds as far as it was saved."""
+        holds = await self._patiently(lambda: events.last_seq_up_to(self._db, self._session, self.epoch))
+        self.epoch = location.epoch
+        if self.place > (holds, 0):
+            self.place = (holds, 0)
+            raise Discarded(self.epoch, holds)
+
+    async def _saved_events(self, up_to: int) -> AsyncIterator[list[Shown]]:
+        while self.place[0] < up_to:
+            after = self.place[0]
+            page = await self._patiently(lambda after=after: events.page(self._db, self._session, after, _PAGE))
+            if not page:
+                return
+            self.place = (page[-1].seq, 0)
+            yield [from_store(event) for event in page]
+
+    async def _patiently(self, ask: Any) -> Any:
+        """Asks the database until it answers. WAITS: as long as the client does; keep-alives flow meanwhile."""
+        while True:
+            try:
+                return await ask()
+            except Unavailable as error:
+                _log.warning("database does not answer a stream", session=self._session, error=error.message)
+                await asyncio.sleep(self._backoff.next_s(random.random()))
+
+
+async def first_answer(call: Call, what: str) -> events_pb2.EventBatch:
+    """The first batch of a stream just opened, which comes at once. Raises what the callee answered instead."""
+    try:
+        batch = await call.read()
+    except aio.AioRpcError as failed:
+        raise error_of(failed, what) from None
+    if not isinstance(batch, events_pb2.EventBatch):
+        raise _ended(call, what)
+    return batch
+
+
+def _ended(call: Call, what: str) -> AshdError:
+    return Unavailable(f"{what} ended the stream at once", code="peer.unavailable")

@@ -1,0 +1,149 @@
+"""The gRPC registry: where runners report. Served by every worker, on one port that all share or on a socket of its own.
+
+Covers: Register, Heartbeat, Record, Deregister, FetchBundle, in the wire's words. Leaves out: what they change (ashd.store).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+from grpc import aio
+
+from ashd import log
+from ashd.coordinator.record import record
+from ashd.errors import AshdError, NotFound, Rejected
+from ashd.store import bundles, runners
+from ashd.store.events import Lease
+from ashd.store.pool import Database
+from ashd.wire import status
+from ashd.wire.v1 import registry_pb2, registry_pb2_grpc
+
+_log = log.get(__name__)
+_RUNNER_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
+    """Answers runners. Every method turns our errors into statuses and nothing else."""
+
+    def __init__(self, db: Database, coordinator_id: str) -> None:
+        self._db = db
+        self._coordinator_id = coordinator_id
+
+    async def Register(
+        self, request: registry_pb2.RegisterRequest, context: Context
+    ) -> registry_pb2.RegisterResponse:
+        try:
+            registered = await runners.register(self._db, _registration_of(request), _leases_of(request.leases))
+        except AshdError as error:
+            await status.abort(context, error)
+        _log.info(
+            "runner registered",
+            runner=request.runner_id,
+            address=request.address,
+            leases=len(request.leases),
+            stale=len(registered.stale),
+        )
+        return registry_pb2.RegisterResponse(
+            coordinator_id=self._coordinator_id,
+            recorded=[
+                registry_pb2.Recorded(session_id=one.session_id, epoch=one.epoch, seq=one.last_seq)
+                for one in registered.recorded
+            ],
+            stale=_wire_leases(registered.stale),
+        )
+
+    async def Heartbeat(
+        self, request_iterator: AsyncIterator[registry_pb2.HeartbeatRequest], context: Context
+    ) -> AsyncIterator[registry_pb2.HeartbeatResponse]:
+        async for request in request_iterator:
+            try:
+                if not await runners.heartbeat(self._db, request.runner_id, _report_of(request)):
+                    raise NotFound(f"runner {request.runner_id} is not registered; register again")
+                stale = await self._compare(request)
+            except AshdError as error:
+                await status.abort(context, error)
+            yield registry_pb2.HeartbeatResponse(stale=_wire_leases(stale))
+
+    async def _compare(self, request: registry_pb2.HeartbeatRequest) -> list[Lease]:
+        """Holds a runner's inventory against the database, both ways."""
+        if not request.HasField("inventory"):
+            return []
+        compared = await runners.compare(self._db, request.runner_id, _leases_of(request.inventory.leases))
+        for taken in compared.lost:
+            _log.warning("session lost its sandbox", session=taken.session_id, runner=request.runner_id)
+        return compared.stale
+
+    async def Record(
+        self, request_iterator: AsyncIterator[registry_pb2.RecordRequest], context: Context
+    ) -> AsyncIterator[registry_pb2.RecordResponse]:
+        async for request in request_iterator:
+            try:
+                response = await record(self._db, request)
+            except AshdError as error:
+                _log.error("events were not recorded", runner=request.runner_id, code=error.code, error=error.message)
+                await status.abort(context, error)
+            yield response
+
+    async def Deregister(
+        self, request: registry_pb2.DeregisterRequest, context: Context
+    ) -> registry_pb2.DeregisterResponse:
+        try:
+            taken = await runners.deregister(self._db, request.runner_id)
+        except AshdError as error:
+            await status.abort(context, error)
+        _log.info("runner deregistered", runner=request.runner_id, sessions_paused=len(taken))
+        return registry_pb2.DeregisterResponse()
+
+    async def FetchBundle(
+        self, request: registry_pb2.FetchBundleRequest, context: Context
+    ) -> AsyncIterator[registry_pb2.BundleChunk]:
+        try:
+            async for chunk in bundles.read(self._db, request.digest):
+                yield registry_pb2.BundleChunk(data=chunk)
+        except AshdError as error:
+            await status.abort(context, error)
+
+
+def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registration:
+    """What a runner says of itself. Raises Rejected."""
+    if not _RUNNER_ID.fullmatch(request.runner_id):
+        raise Rejected(f"runner_id must match {_RUNNER_ID.pattern}")
+    if request.max_sandboxes < 0 or not request.host:
+        raise Rejected("a runner needs a host and a max_sandboxes of at least 0")
+    return runners.Registration(
+        id=request.runner_id,
+        host=request.host,
+        port=request.port,
+        address=request.address or f"{request.host}:{request.port}",
+        max_sandboxes=request.max_sandboxes,
+        version=request.version,
+        enforced=list(request.enforced),
+    )
+
+
+def _report_of(request: registry_pb2.HeartbeatRequest) -> runners.Report:
+    counts, memory = request.counts, request.memory
+    return runners.Report(
+        warming=counts.warming,
+        warm=counts.warm,
+        running=counts.running,
+        waiting=counts.waiting,
+        warm_hits=counts.warm_hits,
+        cold_starts=counts.cold_starts,
+        memory_total=memory.total_bytes,
+        memory_used=memory.used_bytes,
+        memory_per_sandbox=memory.per_sandbox_bytes,
+        draining=request.draining,
+    )
+
+
+def _leases_of(leases: Any) -> list[Lease]:
+    return [Lease(lease.session_id, lease.epoch) for lease in leases]
+
+
+def _wire_leases(leases: list[Lease]) -> list[registry_pb2.SessionLease]:
+    return [registry_pb2.SessionLease(session_id=lease.session_id, epoch=lease.epoch) for lease in leases]

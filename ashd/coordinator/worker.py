@@ -1,0 +1,55 @@
+"""gunicorn's asyncio worker, with what it leaves out: the backlog, send buffers, and an end that doesn't wait for streams.
+
+Checked against gunicorn 27.0; each override says what it stands in for.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+from gunicorn.glogging import Logger
+from gunicorn.workers.gasgi import ASGIWorker
+from setproctitle import setproctitle
+
+
+class CoordinatorWorker(ASGIWorker):  # type: ignore[misc]
+    """One coordinator worker. Its application is a `lifespan.Coordinator`."""
+
+    _tuned = False
+
+    def init_process(self) -> None:
+        setproctitle("ashd: coordinator worker")
+        super().init_process()
+
+    def notify(self) -> None:
+        """Called each second once the servers listen; the first time, sets what the worker doesn't pass on to its sockets.
+
+        create_server() is called without a backlog, so 100 stands whatever was configured; listen(2) again replaces it. Connections
+        inherit the send buffer: set, the kernel stops growing it to megabytes for a client that doesn't read (tcp(7)).
+        """
+        super().notify()
+        if self._tuned or not self.servers:
+            return
+        self._tuned = True
+        for listener in self.sockets:
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.cfg.ashd_send_buffer)
+            listener.sock.listen(self.cfg.backlog)
+
+    def handle_exit_signal(self) -> None:
+        """SIGTERM: streams end now, each with a valid cursor; otherwise they would be waited for, then cut by the master."""
+        self.asgi.stop_streams()
+        super().handle_exit_signal()
+
+
+class CoordinatorLog(Logger):  # type: ignore[misc]
+    """gunicorn's own messages, through our log."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.INFO)
+        self.access_log.disabled = True
+
+    def reopen_files(self) -> None:
+        """We write to stderr only."""
