@@ -86,6 +86,7 @@ def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
         {"PATH": claim["path"], "HOME": str(workspace), "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PWD": str(workspace)}
     )
     os.environ.update(claim["env"])
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the zygote ignores SIGINT, and what an agent starts would inherit that
+        signal.signal(number, signal.SIG_DFL)
     bridge: Bridge = Bridge(keeper, claim)
     return asyncio.run(bridge.serve())

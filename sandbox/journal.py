@@ -97,6 +97,7 @@ class Writer:
         self._max_bytes = max_bytes
         self._pending = bytearray()
         self._acked_seq = acked_seq
+        self._untrimmable = False
         self._total = sum(path.stat().st_size for _, path in _segments(folder))
         self._open_segment()
 
@@ -112,7 +113,7 @@ class Writer:
         else:
             self.last = Position(self.last.seq + 1, 0)
         record = Record(kind, *self.last, turn, type_, payload)
-        if kind is Kind.DELTA and self._total + len(self._pending) >= self._max_bytes and not self._trim():
+        if kind is Kind.DELTA and not self._has_room(self._max_bytes):
             self.dropped_deltas += 1
         else:
             self._pending += _encode(record)
@@ -121,7 +122,18 @@ class Writer:
     @property
     def blocked(self) -> bool:
         """True while saved events alone overfill the journal: read no more from the agent until some are acknowledged."""
-        return self._total + len(self._pending) >= self._max_bytes + self._max_bytes // 4 and not self._trim()
+        return not self._has_room(self._max_bytes + self._max_bytes // 4)
+
+    def _has_room(self, most: int) -> bool:
+        """Whether less than `most` bytes are held, once old segments that may go have gone."""
+        if self._held >= most and not self._untrimmable:
+            self._trim()
+            self._untrimmable = self._held >= self._max_bytes  # PERF: until an acknowledgement or another segment
+        return self._held < most
+
+    @property
+    def _held(self) -> int:
+        return self._total + len(self._pending)
 
     def flush(self) -> bool:
         """Appends what was collected; True if that was anything."""
@@ -138,9 +150,17 @@ class Writer:
         self._total += written
         self._pending.clear()
         if self._size >= self._segment_bytes:
-            os.close(self._fd)
-            self._open_segment()
+            self._begin_segment()
         return True
+
+    def _begin_segment(self) -> None:
+        before = self._fd
+        try:
+            self._open_segment()
+        except OSError:
+            return  # no room for another file: this one goes on, and the next flush tries again
+        os.close(before)
+        self._untrimmable = False
 
     def discard(self, back_to: Position) -> None:
         """Forgets what was collected since the last flush, which left the journal at `back_to`."""
@@ -150,18 +170,16 @@ class Writer:
     def acknowledge(self, seq: int) -> None:
         """Saved events up to `seq` are committed; segments that hold nothing newer may go when room is needed."""
         self._acked_seq = max(self._acked_seq, seq)
+        self._untrimmable = False
 
-    def _trim(self) -> bool:
-        """Deletes old segments whose saved events are all committed; True if there is room again."""
+    def _trim(self) -> None:
+        """Deletes old segments whose saved events are all committed, until there is room."""
         segments = _segments(self.folder)
         for (_, path), (following, _) in zip(segments, segments[1:], strict=False):
-            if self._total < self._max_bytes:
-                break
-            if following.seq > self._acked_seq:
-                return False
+            if self._held < self._max_bytes or following.seq > self._acked_seq:
+                return
             self._total -= path.stat().st_size
             path.unlink()
-        return self._total + len(self._pending) < self._max_bytes
 
     def close(self) -> None:
         os.close(self._fd)
@@ -201,25 +219,31 @@ def _scan(path: Path) -> Iterator[tuple[Record, int]]:
 class Reader:
     """Follows a journal from a position on; one descriptor, no more memory than one read.
 
-    `read` returns what is there and [] when that is nothing yet. Where segments before the position asked for were trimmed, it
-    starts at the oldest record left: `starts_after` tells.
+    `read` returns what is there and [] when that is nothing yet. Where segments it still wanted were trimmed, it goes on at the
+    oldest record left: `starts_after` tells.
     """
 
     def __init__(self, folder: Path, after: Position) -> None:
         self._folder = folder
         self._after = after
-        segments = _segments(folder)
-        if not segments:
-            raise Corrupt(f"no journal in {folder}")
-        earlier = [entry for entry in segments if entry[0] <= after]
-        position, path = (earlier or segments)[-1 if earlier else 0]
-        self.starts_after = segments[0][0]
-        self._open(position, path)
+        while True:
+            segments = _segments(folder)
+            if not segments:
+                raise Corrupt(f"no journal in {folder}")
+            earlier = [entry for entry in segments if entry[0] <= after]
+            self.starts_after = segments[0][0]
+            if self._open(*(earlier[-1] if earlier else segments[0])):
+                break
 
-    def _open(self, position: Position, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def _open(self, position: Position, path: Path) -> bool:
+        """RACE: False if the writer has trimmed the segment since we saw its name; a look at the names shows a newer one."""
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
         self._segment = position
         self._offset = 0
+        return True
 
     def read(self, max_bytes: int = _READ_BYTES) -> list[Record]:
         """The next records, about `max_bytes` of them (at least one if there is one). Raises Corrupt."""
@@ -234,8 +258,9 @@ class Reader:
             records = self._read_segment(max_bytes)
             if records:
                 return records
-            self.close()
-            self._open(*following)
+            finished = self._fd
+            if self._open(*following):
+                os.close(finished)
 
     def _read_segment(self, max_bytes: int) -> list[Record]:
         records: list[Record] = []
@@ -257,10 +282,10 @@ class Reader:
         return records
 
     def _following_segment(self) -> tuple[Position, Path] | None:
-        for entry in _segments(self._folder):
-            if entry[0] > self._segment:
-                return entry
-        return None
+        segments = _segments(self._folder)
+        if segments:
+            self.starts_after = segments[0][0]
+        return next((entry for entry in segments if entry[0] > self._segment), None)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -28,13 +29,14 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 from sandbox import bridge, jail
 from sandbox.journal import Position, Writer
 from sandbox.ledger import Ledger, Outcome
-from sandbox.logs import LogFile
+from sandbox.logs import LogFile, timestamp
 from sandbox.peer import READ_BYTES, Peer
 from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, Malformed, Tag, encode_line, parse_object
 from sandbox.title import set_title
@@ -43,7 +45,10 @@ _DISK_RETRY_S = 0.5
 _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
 _KILL_ROUNDS = 100
+_LAST_LOG_READS = 16  # of READ_BYTES: more than a pipe can be made to hold
 _FOREVER = float("inf")
+_TIMING_FIELDS = ("cmdParseMs", "sdkFirstTokenMs", "totalMs", "eventCount")
+_AGENTS_CODE = re.compile(r"(agent|claude)\.[a-z_]{1,40}")
 
 
 class Bounds(TypedDict):
@@ -129,6 +134,7 @@ class Keeper:
         self._launched: OrderedDict[str, int] = OrderedDict()  # turn -> seq before its first event
         self._turn_number = 0
         self._interrupted_as = ""  # the outcome of a turn we asked to stop
+        self._oom_kills_before = 0  # of this turn; a tool killed in an earlier one explains nothing now
         self._cause = ""  # why the sandbox ends, where we know it before it does
         self._claim_reply: int | None = None
         self._turn_deadline = self._kill_deadline = self._disk_retry_at = _FOREVER
@@ -148,6 +154,7 @@ class Keeper:
     def _spawn_bridge(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        self._output = {out[0]: "stdout", err[0]: "stderr"}
         if self._spec.namespaces:
             jail.unshare(jail.CLONE_NEWPID)  # for the next child only: the bridge becomes PID 1
         else:
@@ -157,29 +164,29 @@ class Keeper:
             bridge.run(self._spec, theirs.detach(), out[1], err[1])  # FORK: never returns
         theirs.close()
         self._bridge = Peer(ours, self._selector, self._from_bridge, MAX_COMMAND_BYTES + READ_BYTES)
-        for level, (read_end, write_end) in (("stdout", out), ("stderr", err)):
+        for read_end, write_end in (out, err):
             os.close(write_end)
             os.set_blocking(read_end, False)
-            self._selector.register(read_end, selectors.EVENT_READ, self._log_feeder(level, read_end))
+            self._selector.register(read_end, selectors.EVENT_READ, partial(self._log_output, read_end))
         self._bridge_exit = os.pidfd_open(self._bridge_pid)
         self._selector.register(self._bridge_exit, selectors.EVENT_READ, self._bridge_exited)
 
     def _bridge_exited(self, _: int) -> None:
         self._exited = True
 
-    def _log_feeder(self, level: str, pipe: int) -> Callable[[int], None]:
-        def feed(_: int) -> None:
-            try:
-                data = os.read(pipe, READ_BYTES)
-            except BlockingIOError:
-                return
-            if data:
-                self._logs.feed(level, data)
-            else:
-                self._selector.unregister(pipe)
-                os.close(pipe)
-
-        return feed
+    def _log_output(self, pipe: int, _: int = 0) -> bool:
+        """Takes what the agent has written to one of its outputs; False when that is nothing."""
+        try:
+            data = os.read(pipe, READ_BYTES)
+        except BlockingIOError:
+            return False
+        if data:
+            self._logs.feed(self._output[pipe], data)
+        else:
+            self._selector.unregister(pipe)
+            os.close(pipe)
+            del self._output[pipe]
+        return bool(data)
 
     # ------------------------------------------------------------ the loop
 
@@ -218,11 +225,13 @@ class Keeper:
             self._life = Life.ENDING
             self._cause = cause
             self._turn_deadline = _FOREVER
+            self._interrupted_as = self._interrupted_as or "interrupted"  # whatever the bridge will say of an open turn
             self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
             self._bridge.send(encode_line({"type": "end"}))
 
     def _force(self) -> None:
         self._cause = self._cause or self._interrupted_as
+        self._logs.write("system", "the sandbox did not end in time and is killed")
         os.kill(self._bridge_pid, signal.SIGKILL)  # the child isn't reaped before _finish: the pid is its own
 
     def _write_journal(self) -> None:
@@ -288,7 +297,10 @@ class Keeper:
         """One command of the supervisor; the answer carries its `re`."""
         re = command.get("re")
         try:
-            answer = self._commands[command["cmd"]](self, command)
+            obey = self._commands.get(command["cmd"])
+            if obey is None:  # a newer supervisor's; it must not cost the session
+                raise Refused("command.unknown", f"this keeper does not know the command {command['cmd']}")
+            answer = obey(self, command)
         except Refused as refusal:
             answer = {"error": str(refusal), "code": refusal.code}
         if answer is not None:
@@ -344,6 +356,7 @@ class Keeper:
             self._launched.popitem(last=False)
         self._turn_number += 1
         self._interrupted_as = ""
+        self._oom_kills_before = _oom_kills(self._spec.cgroups)
         self._timing_due = self._timing_wanted
         self._turn_deadline = time.monotonic() + command["timeout_s"]
         self._bridge.send(encode_line({"type": "turn", "turn": self._turn_number, **request}))
@@ -376,6 +389,8 @@ class Keeper:
     # ------------------------------------------------------------ the bridge: believe nothing
 
     def _from_bridge(self, data: bytes) -> None:
+        if not data:  # it has closed its end, and most likely is dying; one that isn't can't be used any more
+            self._kill_deadline = min(self._kill_deadline, time.monotonic() + self._bounds["kill_timeout_s"])
         for line in self._frames.feed(data):
             try:
                 self._take_frame(line[:1], line[1:])
@@ -387,6 +402,8 @@ class Keeper:
 
     def _take_frame(self, tag: bytes, raw: bytes) -> None:
         body, raw = parse_object(raw)
+        if len(raw) > self._bounds["max_frame"]:
+            raise Malformed(f"{len(raw)} bytes once written in ASCII")
         if tag == Tag.MESSAGE and self._ledger and self._ledger.turn:
             self._ledger.message(body, raw)
         elif tag == Tag.END and self._ledger and self._ledger.turn and body.get("turn") == self._turn_number:
@@ -397,11 +414,12 @@ class Keeper:
             self._live(Life.READY)
             self._loaded({"ready": True})
         elif tag == Tag.FAILED and self._life is Life.LOADING:
-            self._loaded({"error": _text(body, "error", "the agent could not be loaded"), "code": "agent.not_loaded"})
+            error = _text(body, "error", "the agent could not be loaded")
+            self._loaded({"error": error, "code": _agents_code(body, "agent.not_loaded")})
             self._end("not_loaded")
         elif tag == Tag.TIMING and self._timing_due:
             self._timing_due = False
-            self._tell({"timing": {**body, "sessionId": self._session["session"]}})
+            self._tell({"timing": {**_timing_of(body), "sessionId": self._session["session"], "timestamp": timestamp()}})
         else:
             raise Malformed(f"a frame {tag!r} that has no place now")
 
@@ -415,7 +433,7 @@ class Keeper:
         if self._interrupted_as:
             outcome = Outcome(self._interrupted_as, *_WHY.get(self._interrupted_as, ("", "")))
         elif error:
-            outcome = Outcome("failed", error, _text(end, "code", "agent.failed"))
+            outcome = Outcome("failed", error, _agents_code(end, "agent.failed"))
         else:
             outcome = Outcome("completed")
         self._ledger.settle(outcome)
@@ -434,10 +452,11 @@ class Keeper:
 
     def _finish(self) -> None:
         """The jail's first process is dead: take its last words, settle, close, and leave nothing running."""
+        _, status = os.waitpid(self._bridge_pid, 0)
+        self._end_descendants()  # ORDER: before its last words are read, or what it left behind could go on for ever
         self._bridge.pause_reading(False)
         self._bridge.read_rest()
-        _, status = os.waitpid(self._bridge_pid, 0)
-        self._end_descendants()
+        self._close_logs()
         cause, outcome = self._verdict(status)
         if self._ledger is not None:
             if self._ledger.turn:
@@ -447,13 +466,20 @@ class Keeper:
         self._loaded({"error": f"the sandbox ended while the agent was loaded: {outcome.error}", "code": outcome.code})
         self._tell({"closed": cause})
 
+    def _close_logs(self) -> None:
+        for pipe in list(self._output):
+            for _ in range(_LAST_LOG_READS):
+                if not self._log_output(pipe):
+                    break
+        self._logs.close()
+
     def _verdict(self, status: int) -> tuple[str, Outcome]:
         """The cause of the sandbox's end, and with it the outcome of a turn that was open."""
         if self._cause == "timeout":
             return "timeout", Outcome("timeout", *_WHY["timeout"])
         if self._cause:
             return self._cause, Outcome(self._interrupted_as or "interrupted")
-        if _oom_kills(self._spec.cgroups):
+        if _oom_kills(self._spec.cgroups) > self._oom_kills_before:
             return "oom", Outcome("oom", *_WHY["oom"])
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
@@ -491,8 +517,23 @@ _WHY = {
 
 
 def _text(body: dict[str, Any], name: str, default: str) -> str:
+    """A text from inside, fit for databases and headers: bounded, without NUL and lone surrogates."""
     value = body.get(name)
-    return value[:10_000] if isinstance(value, str) and value else default
+    if not isinstance(value, str) or not value:
+        return default
+    return value[:10_000].replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _timing_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a timing line, where they are numbers."""
+    measured = {name: body[name] for name in _TIMING_FIELDS if isinstance(body.get(name), int | float)}
+    return {"type": "timing", "source": "bridge", **measured}
+
+
+def _agents_code(body: dict[str, Any], default: str) -> str:
+    """The code a bridge gives a failure. SECURITY: it may blame the agent in detail, but never us."""
+    code = body.get("code")
+    return code if isinstance(code, str) and _AGENTS_CODE.fullmatch(code) else default
 
 
 def _oom_kills(cgroups: list[str]) -> int:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 
 READ_BYTES = 256 * 1024
+_REST_READS = 64
 
 
 class Peer:
@@ -52,8 +53,10 @@ class Peer:
         self._watch()
 
     def read_rest(self) -> None:
-        """Takes what is there and no more, for a sender that is dead."""
-        while not self.closed:
+        """Takes what a dead sender left, which is at most what a socket's buffer holds."""
+        for _ in range(_REST_READS):
+            if self.closed:
+                return
             self._read()
             if self._drained:
                 return
@@ -66,7 +69,8 @@ class Peer:
             self._sock.close()
 
     def _ready(self, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
+        # RACE: an event handled before this one, in the same round of the selector, may have closed us.
+        if mask & selectors.EVENT_WRITE and not self.closed:
             self._write()
         if mask & selectors.EVENT_READ and not self.closed:
             self._read()

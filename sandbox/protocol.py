@@ -17,12 +17,17 @@ The first three come from our own processes. The last comes from inside the jail
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 MAX_JSON_DEPTH = 100
 """Nesting an agent's message may have; deeper ones could exhaust the stack of a later reader."""
+
+MAX_JSON_VALUES = 100_000
+"""Values an agent's message may consist of. A parsed value takes up to a hundred times the room of its text, in a keeper that no
+cgroup limits."""
 
 MAX_COMMAND_BYTES = 64 * 1024 * 1024
 """Longest line from a supervisor: a message of the API's 50 MiB, escaped."""
@@ -58,7 +63,7 @@ class Tag:
     READY = b"R"  # {}: the agent is loaded
     FAILED = b"X"  # {"error", "code"}: it could not be loaded
     MESSAGE = b"M"  # a message object of the agent
-    END = b"E"  # {"turn", "error"?, "code"?, "interrupted"?}: the turn is over
+    END = b"E"  # {"turn", "error"?, "code"?}: the turn is over
     TIMING = b"T"  # how long the steps of a turn took; asked for with `timing`
 
 
@@ -71,28 +76,62 @@ def encode_line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
 
 
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive: linear, whatever it is given
+
+
 def _reject_constant(name: str) -> Any:
     raise Malformed(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise Malformed("a number too large to be written again")
+    return value
 
 
 def parse_object(raw: bytes) -> tuple[dict[str, Any], bytes]:
     """A JSON object from untrusted bytes, and the same object as ASCII bytes on one line.
 
-    Raises Malformed for anything else: invalid UTF-8, NaN, numbers too long to convert, nesting past MAX_JSON_DEPTH.
+    Raises Malformed for anything else: invalid UTF-8, NaN, numbers too large to convert, nesting past MAX_JSON_DEPTH, more than
+    MAX_JSON_VALUES.
     """
+    if _values_exceed(raw, MAX_JSON_VALUES):
+        raise Malformed(f"more than {MAX_JSON_VALUES} values")
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, parse_constant=_reject_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_reject_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {type(error).__name__}") from None
     if not isinstance(value, dict):
         raise Malformed(f"a JSON {type(value).__name__}, not an object")
-    # PERF: counting brackets is one pass in C; only a message with very many of them is walked.
-    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
-        raise Malformed(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    _check_depth(value, raw)
     if raw.isascii() and b"\r" not in raw:
         return value, raw
     return value, json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def check_shape(value: dict[str, Any], raw: bytes) -> None:
+    """Raises Malformed if `value`, whose JSON is `raw`, is larger or deeper than a keeper takes."""
+    if _values_exceed(raw, MAX_JSON_VALUES):
+        raise Malformed(f"more than {MAX_JSON_VALUES} values")
+    _check_depth(value, raw)
+
+
+def _check_depth(value: dict[str, Any], raw: bytes) -> None:
+    # PERF: counting brackets is one pass in C; only a message with very many of them is walked.
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH and _depth_exceeds(value, MAX_JSON_DEPTH):
+        raise Malformed(f"nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def _values_exceed(raw: bytes, limit: int) -> bool:
+    """Whether a JSON text holds more values than `limit`, told without parsing it."""
+    if _count_values(raw) <= limit:
+        return False  # PERF: true of nearly every message, and one pass in C a character
+    return _count_values(_STRING.sub(b"", raw)) > limit
+
+
+def _count_values(raw: bytes) -> int:
+    return raw.count(b",") + raw.count(b"[") + raw.count(b"{") + raw.count(b":")
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:

@@ -12,15 +12,20 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, Tag
+from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, Malformed, Tag, check_shape
 
-MAX_TEXT_BYTES = 1024 * 1024
-"""Pieces of text are joined into one message up to this size, then into the next, so that a long answer costs no memory."""
+MAX_TEXT = 1024 * 1024
+"""Pieces of text are joined into one message up to so many characters, then into the next, so that a long answer costs no memory."""
+
+_MOST_BYTES_A_CHARACTER = 12
+_FRAME_AROUND_TEXT = 4096
+_MAX_ERROR = 10_000
 
 _INTERRUPT_GRACE_S = 1.0
 
@@ -71,7 +76,7 @@ class Runtime(Protocol):
     async def load(self) -> None:
         """Gets the agent ready for its first turn. Raises AgentError."""
 
-    def turn(self, message: Message, session: Session) -> AsyncIterator[str | dict[str, Any]]:
+    def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         """Runs one turn: text pieces and message objects as the agent makes them."""
 
     async def close(self) -> None:
@@ -83,23 +88,41 @@ class Wire:
 
     def __init__(self, sock: socket.socket, max_frame: int) -> None:
         self._sock = sock
-        self._max_frame = max_frame
+        self.max_frame = max_frame
         self._lock = asyncio.Lock()
+        self._unsent = bytearray()
 
     async def send(self, tag: bytes, body: dict[str, Any]) -> None:
         """One frame. Raises AgentError for a body that isn't JSON or is larger than a frame may be."""
         try:
             data = tag + json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+            check_shape(body, data)
+        except Malformed as error:
+            raise AgentError(f"the agent yielded a message of {error}", "agent.not_json") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise AgentError(f"the agent yielded something that is not JSON: {error}", "agent.not_json") from None
-        if len(data) > self._max_frame:
+        if len(data) > self.max_frame:
             raise AgentError(
-                f"the agent yielded a message of {len(data)} bytes; at most {self._max_frame} are allowed. "
+                f"the agent yielded a message of {len(data)} bytes; at most {self.max_frame} are allowed. "
                 "Write large results to a file in the workspace instead.",
                 "agent.message_too_large",
             )
         async with self._lock:
-            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+            # A sender cancelled in mid-frame leaves the rest here for the next one: half a frame would spoil two.
+            self._unsent += data
+            while self._unsent:
+                try:
+                    del self._unsent[: self._sock.send(self._unsent)]
+                except BlockingIOError:
+                    await self._writable()
+
+    async def _writable(self) -> None:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_writer(self._sock, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_writer(self._sock)
 
 
 class Bridge:
@@ -121,7 +144,7 @@ class Bridge:
             await self._start_up()
             await self._runtime.load()
         except AgentError as error:
-            await self._wire.send(Tag.FAILED, {"error": str(error)[:10_000], "code": error.code})
+            await self._wire.send(Tag.FAILED, {"error": str(error)[:_MAX_ERROR], "code": error.code})
         else:
             await self._wire.send(Tag.READY, {})
         async with asyncio.TaskGroup() as tasks:
@@ -133,6 +156,7 @@ class Bridge:
                 elif command["type"] == "end":
                     break
             if self._turn is not None:
+                self._session.interrupted.set()
                 self._turn.cancel()
             await self._runtime.close()
         return 0
@@ -145,7 +169,7 @@ class Bridge:
         if code := await process.wait():
             raise AgentError(f"startup.sh ended with code {code}; the session's logs hold its output", "agent.startup")
 
-    async def _commands(self) -> AsyncIterator[dict[str, Any]]:
+    async def _commands(self) -> AsyncGenerator[dict[str, Any]]:
         lines = LineReader(MAX_COMMAND_BYTES)
         loop = asyncio.get_running_loop()
         while data := await loop.sock_recv(self._keeper, 1 << 18):
@@ -155,9 +179,9 @@ class Bridge:
     async def _interrupt(self, turn: asyncio.Task[None]) -> None:
         """The agent may end its turn in its own way; one that doesn't is cancelled."""
         self._session.interrupted.set()
-        _, pending = await asyncio.wait([turn], timeout=_INTERRUPT_GRACE_S)
-        for task in pending:
-            task.cancel()
+        await asyncio.wait([turn], timeout=_INTERRUPT_GRACE_S)
+        if self._turn is turn:  # else its agent has ended, and only what it said last is on its way
+            turn.cancel()
 
     async def _run_turn(self, command: dict[str, Any]) -> None:
         started = time.perf_counter()
@@ -168,19 +192,19 @@ class Bridge:
         answer = Answer(self._wire, session, partial=bool(message.options.get("includePartialMessages")))
         end: dict[str, Any] = {"turn": session.turn}
         try:
-            async for item in self._runtime.turn(message, session):
-                await answer.add(item)
+            async with aclosing(self._runtime.turn(message, session)) as items:
+                async for item in items:
+                    await answer.add(item)
             await answer.finish()
-            if session.interrupted.is_set():
-                end["interrupted"] = True
         except asyncio.CancelledError:
-            end["interrupted"] = True
             await answer.flush()
+            if not session.interrupted.is_set():
+                end |= {"error": "the agent cancelled its own turn", "code": "agent.failed"}
         except AgentError as error:
-            end |= {"error": str(error), "code": error.code}
-        except Exception as error:  # the door between an agent's code and ours
+            end |= {"error": str(error)[:_MAX_ERROR], "code": error.code}
+        except (Exception, SystemExit) as error:  # the door between an agent's code and ours
             traceback.print_exc()
-            end |= {"error": _last_line(error), "code": "agent.failed"}
+            end |= {"error": _last_line(error)[:_MAX_ERROR], "code": "agent.failed"}
         session.history.append({"role": "user", "content": message.content})
         session.history += answer.history
         self._turn = None
@@ -197,8 +221,9 @@ class Answer:
         self._wire = wire
         self._session = session
         self._partial = partial
+        self._max_text = min(MAX_TEXT, max(1, (wire.max_frame - _FRAME_AROUND_TEXT) // _MOST_BYTES_A_CHARACTER))
         self._text: list[str] = []
-        self._text_bytes = 0
+        self._text_length = 0
         self._last_text = ""
         self._has_result = False
         self._started = time.perf_counter()
@@ -211,6 +236,7 @@ class Answer:
         if self._first is None:
             self._first = time.perf_counter()
         self._count += 1
+        await asyncio.sleep(0)  # an agent that never waits would keep its bridge from hearing an interrupt
         if isinstance(item, str):
             await self._add_text(item)
         elif isinstance(item, dict):
@@ -223,23 +249,22 @@ class Answer:
             )
 
     async def _add_text(self, piece: str) -> None:
-        if not piece:
-            return
-        if self._partial:
-            await self._wire.send(Tag.MESSAGE, partial_text(piece))
-        self._text.append(piece)
-        self._text_bytes += len(piece)
-        if self._text_bytes >= MAX_TEXT_BYTES:
-            await self.flush()
+        while piece:
+            room = self._max_text - self._text_length
+            part, piece = piece[:room], piece[room:]
+            if self._partial:
+                await self._wire.send(Tag.MESSAGE, partial_text(part))
+            self._text.append(part)
+            self._text_length += len(part)
+            if self._text_length == self._max_text:
+                await self.flush()
 
     async def flush(self) -> None:
         """The pieces of text so far become one assistant message."""
         if self._text:
-            text, self._text, self._text_bytes = "".join(self._text), [], 0
-            for start in range(0, len(text), MAX_TEXT_BYTES):
-                part = text[start : start + MAX_TEXT_BYTES]
-                blocks = [{"type": "text", "text": part}]
-                await self._send({"type": "assistant", "message": {"role": "assistant", "content": blocks}})
+            blocks = [{"type": "text", "text": "".join(self._text)}]
+            self._text, self._text_length = [], 0
+            await self._send({"type": "assistant", "message": {"role": "assistant", "content": blocks}})
 
     async def _send(self, message: dict[str, Any]) -> None:
         await self._wire.send(Tag.MESSAGE, message)

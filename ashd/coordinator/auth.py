@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 import os
+import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -96,20 +97,18 @@ async def ensure_initial_key(db: Database, config: CoordinatorConfig) -> Path | 
 def _key_in(path: Path) -> str:
     """The key in the file, which is made with a new one when it isn't there; whole or not at all, and only ours."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
+    # SECURITY: mkstemp makes it 0600 from its first moment, and follows nothing that lies there.
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        # SECURITY: 0600 from its first moment; O_EXCL, so nothing that lies there under this name is followed.
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        with open(descriptor, "w", encoding="ascii") as file:
             file.write(keys.new_text() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            pass  # another worker was first, or a start before this one
+        os.link(draft, path)
+    except FileExistsError:
+        pass  # another worker was first, or a start before this one
     finally:
-        draft.unlink(missing_ok=True)
+        os.unlink(draft)
     return path.read_text("ascii").strip()
 
 

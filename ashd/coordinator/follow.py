@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from ashd.wire.v1 import events_pb2, runner_pb2
 _log = log.get(__name__)
 
 _PAGE = 500
+_RUNNER_PATIENCE_S = 5.0
 
 Call = aio.UnaryStreamCall[Any, events_pb2.EventBatch]
 
@@ -51,6 +53,7 @@ class Follower:
         self._watch = watch
         self._session = session
         self._backoff = Backoff(first_s=0.05, most_s=1.0)
+        self._answered = float("-inf")
         self.epoch = epoch
         self.place = place
 
@@ -72,10 +75,16 @@ class Follower:
             location = await self._watch.where(self._session)
             if location is None:
                 return
-            async for batch in self._from_database(location):
-                yield batch
+            if not self._may_answer_soon(location):
+                async for batch in self._from_database(location):
+                    yield batch
             if location.status == "ended" and self.place[0] >= location.last_seq:
                 return
+
+    def _may_answer_soon(self, location: sessions.Location) -> bool:
+        """Whether the runner is only just away, and its journal, which has the deltas too, is worth waiting for."""
+        same = is_live(location) and location.epoch == self.epoch
+        return same and time.monotonic() < self._answered + _RUNNER_PATIENCE_S
 
     def _open(self, location: sessions.Location) -> Call:
         self.epoch = location.epoch
@@ -91,6 +100,7 @@ class Follower:
         try:
             while isinstance(batch := await call.read(), events_pb2.EventBatch):
                 self._backoff.reset()
+                self._answered = time.monotonic()
                 if batch.HasField("journal_from_seq") and batch.journal_from_seq > self.place[0]:
                     async for missing in self._saved_events(batch.journal_from_seq):
                         yield missing

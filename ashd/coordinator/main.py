@@ -19,6 +19,8 @@ from ashd.store.migrate import migrate
 _log = log.get(__name__)
 
 _DATABASE_PATIENCE_S = 60.0
+_KEEP_ALIVE_S = 5
+"""An idle connection stays open for so long; a stopping worker waits for idle ones too, so it is short."""
 _HEARTBEAT_TIMEOUT_S = 30
 """A worker whose event loop stands still for so long is killed by the master."""
 
@@ -83,11 +85,12 @@ class Gunicorn(BaseApplication):  # type: ignore[misc]
             "backlog": config.backlog,
             "timeout": _HEARTBEAT_TIMEOUT_S,
             "graceful_timeout": int(config.graceful_timeout),
-            "keepalive": 75,
+            "keepalive": _KEEP_ALIVE_S,
             "asgi_lifespan": "on",
             "control_socket_disable": True,
             "ashd_send_buffer": config.send_buffer,
-            "when_ready": lambda _: setproctitle("ashd: coordinator master"),
+            # The first hook after gunicorn has given the master a title of its own.
+            "pre_fork": lambda _master, _worker: setproctitle("ashd: coordinator master"),
         }
         for name, value in settings.items():
             self.cfg.set(name, value)

@@ -34,6 +34,7 @@ TABLE: dict[State, dict[Fact, State]] = {
     State.WAITING: {Fact.LOADED: State.WAITING, Fact.TURN_LAUNCHED: State.RUNNING, **_ANY},
     State.RUNNING: {Fact.TURN_SETTLED: State.WAITING, Fact.TURN_LAUNCHED: State.RUNNING, **_ANY},
     State.ENDING: {
+        Fact.FORKED: State.ENDING,
         Fact.LOADED: State.ENDING,
         Fact.TURN_LAUNCHED: State.ENDING,
         Fact.TURN_SETTLED: State.ENDING,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import uvloop
-from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
@@ -58,19 +59,19 @@ async def _run(config: RunnerConfig) -> None:
     supervisor = Supervisor(config, state_dir, identity.runner_id, bundles)
     async with asyncio.TaskGroup() as tasks:
         await supervisor.run(tasks)
-        server = await _serve(config, supervisor)
-        link = tasks.create_task(uplink.run(supervisor), name="uplink")
-        _log.info("runner is up", runner=identity.runner_id, address=identity.address, enforces=supervisor.enforced)
-        await stop.wait()
-        await _drain(config, supervisor, uplink)
-        await server.stop(grace=1.0)
-        link.cancel()
+        async with _serving(config, supervisor):
+            tasks.create_task(uplink.run(supervisor), name="uplink")
+            _log.info("runner is up", runner=identity.runner_id, address=identity.address, enforces=supervisor.enforced)
+            await stop.wait()
+            await _drain(config, supervisor, uplink)
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()  # zygote, warm pool, and what waits for a database that is away
+            task.cancel()  # uplink, zygote, warm pool, and what waits for a database that is away
     _log.info("runner is down", runner=identity.runner_id)
 
 
-async def _serve(config: RunnerConfig, supervisor: Supervisor) -> aio.Server:
+@contextlib.asynccontextmanager
+async def _serving(config: RunnerConfig, supervisor: Supervisor) -> AsyncIterator[None]:
+    """The runner's gRPC service, with health checking and reflection, as long as the context lasts."""
     server = make_server(config.internal_secret, shared_port=False)
     runner_pb2_grpc.add_RunnerServicer_to_server(RunnerService(supervisor), server)
     serving = HealthServicer()
@@ -87,7 +88,10 @@ async def _serve(config: RunnerConfig, supervisor: Supervisor) -> aio.Server:
             "stop it or set another port (ASH_RUNNER_PORT)."
         ) from None
     await server.start()
-    return server
+    try:
+        yield
+    finally:
+        await server.stop(grace=1.0)
 
 
 async def _drain(config: RunnerConfig, supervisor: Supervisor, uplink: Uplink) -> None:

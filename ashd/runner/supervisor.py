@@ -13,10 +13,11 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,9 @@ class Supervisor:
         sandbox.enforced = self.enforced
         sandbox.learn(Fact.FORKED)
         self._own(sandbox)
+        if sandbox.state is State.ENDING:  # told so while it was being made
+            sandbox.tell("end")
+            raise Unavailable("this runner is stopping", code=FULL)
         return sandbox
 
     def _make_room(self, sandbox: SandboxTask) -> list[Path]:
@@ -360,7 +364,17 @@ class Supervisor:
 
     def _own(self, sandbox: SandboxTask) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(self._tend(sandbox), name=f"sandbox {sandbox.id}")
+        self._tasks.create_task(self._guarded(sandbox, self._tend(sandbox)), name=f"sandbox {sandbox.id}")
+
+    async def _guarded(self, sandbox: SandboxTask, work: Coroutine[Any, Any, None]) -> None:
+        """A sandbox's task. One that fails by a bug of ours costs its sandbox, not its siblings."""
+        try:
+            await work
+        except Exception:  # the door between one sandbox and all others
+            sandbox.log.exception("sandbox is given up")
+            sandbox.recording.fence()
+            _kill(sandbox.keeper_pid)
+            await self._clean_up(sandbox)
 
     async def _tend(self, sandbox: SandboxTask) -> None:
         """Listens to a keeper as long as it lives, then brings its sandbox to its end."""
@@ -483,10 +497,9 @@ class Supervisor:
     async def _bury(self, sandbox: SandboxTask) -> None:
         """A keeper that is dead or can't be talked to: make sure of the former, then as always."""
         assert self._tasks is not None
-        if sandbox.keeper_pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(sandbox.keeper_pid, 9)
-        self._tasks.create_task(self._lay_to_rest(sandbox), name=f"sandbox {sandbox.id}")
+        _kill(sandbox.keeper_pid)
+        work = self._guarded(sandbox, self._lay_to_rest(sandbox))
+        self._tasks.create_task(work, name=f"sandbox {sandbox.id}")
 
 
 _WITHOUT = {
@@ -495,6 +508,12 @@ _WITHOUT = {
     "uid": "sandboxes run as this user and can reach its files, other sandboxes' among them",
     "mount-namespace": "sandboxes see the host's files and processes",
 }
+
+
+def _kill(pid: int) -> None:
+    if pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _uids(text: str) -> list[int]:

@@ -160,11 +160,7 @@ class Uplink:
         call = stub.Heartbeat(metadata=self._metadata)
         while True:
             supervisor.capacity_changed.clear()
-            await call.write(await self._heartbeat(supervisor))
-            response = await asyncio.wait_for(call.read(), _ASK_TIMEOUT_S)
-            if response is EOF:
-                await call.code()
-                raise EOFError("the coordinator ended the heartbeat")
+            response = await _exchange(call, await self._heartbeat(supervisor), _ASK_TIMEOUT_S)
             _end_stale(supervisor, response.stale)
             supervisor.draining = supervisor.draining or response.drain
             with contextlib.suppress(TimeoutError):
@@ -199,12 +195,7 @@ class Uplink:
         call = stub.Record(metadata=self._metadata)
 
         async def send(request: registry_pb2.RecordRequest) -> registry_pb2.RecordResponse:
-            await call.write(request)
-            response = await asyncio.wait_for(call.read(), _RECORD_TIMEOUT_S)
-            if response is EOF:
-                await call.code()
-                raise EOFError("the coordinator ended the record stream")
-            answer: registry_pb2.RecordResponse = response
+            answer: registry_pb2.RecordResponse = await _exchange(call, request, _RECORD_TIMEOUT_S)
             return answer
 
         for sandbox in supervisor.live():  # a new stream begins at what was acknowledged
@@ -225,6 +216,19 @@ class Uplink:
                 yield chunk.data
         except aio.AioRpcError as failed:
             raise error_of(failed, "the coordinator") from None
+
+
+async def _exchange(call: Any, request: Any, timeout_s: float) -> Any:
+    """One message up a stream and one down. Raises AioRpcError, EOFError, TimeoutError: the link is broken."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await call.write(request)
+            response = await call.read()
+    except asyncio.InvalidStateError:  # the stream ended before we wrote: its status says why
+        response = EOF
+    if response is EOF:
+        raise EOFError(f"the coordinator ended the stream: {await call.code()}")
+    return response
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Any:

@@ -111,7 +111,7 @@ class Database:
             try:
                 return await self._attempt(work, limit, atomic=atomic)
             except _REPEATABLE as clash:
-                pause = random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
+                pause = random.uniform(0, longest)
                 if time.monotonic() + pause >= limit:
                     raise Unavailable("The database is too busy; try again", code="database.unavailable") from clash
             await asyncio.sleep(pause)

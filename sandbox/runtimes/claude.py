@@ -6,7 +6,7 @@ this version does not run yet: the first turn says so.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from sandbox.turns import AgentError, Message, Runtime, Session
@@ -28,7 +28,7 @@ class Mock:
     async def load(self) -> None:
         """Nothing to load."""
 
-    async def turn(self, message: Message, session: Session) -> AsyncIterator[str | dict[str, Any]]:
+    async def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         prompts = [_text(entry["content"]) for entry in session.history if entry["role"] == "user"]
         resumed = "[Resumed session] " if session.turn > 1 else ""
         yield f"{resumed}[Mock] Turn {session.turn} | History: {' | '.join([*prompts, message.text])}"
@@ -46,7 +46,7 @@ class Unavailable:
     async def load(self) -> None:
         """Loads, so that files and settings of the session can be looked at."""
 
-    async def turn(self, message: Message, session: Session) -> AsyncIterator[str | dict[str, Any]]:
+    async def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         if not self._env.get("ANTHROPIC_API_KEY") and not self._env.get("CLAUDE_CODE_USE_BEDROCK"):
             raise AgentError(_NO_KEY, "claude.no_key")
         if session.turn:  # always: what makes this a generator comes after

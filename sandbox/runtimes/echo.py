@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from sandbox.turns import Message, Runtime, Session
@@ -14,7 +14,7 @@ class Echo:
     async def load(self) -> None:
         """Nothing to load."""
 
-    async def turn(self, message: Message, session: Session) -> AsyncIterator[str | dict[str, Any]]:
+    async def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         if isinstance(message.content, str):
             yield message.content
         else:

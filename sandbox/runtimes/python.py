@@ -12,7 +12,8 @@ import inspect
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from sandbox.turns import AgentError, Message, Runtime, Session
@@ -45,30 +46,34 @@ class PythonAgent:
             )
         self._function = function
 
-    async def turn(self, message: Message, session: Session) -> AsyncIterator[str | dict[str, Any]]:
+    async def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         assert self._function is not None
         function = self._function
         if inspect.isasyncgenfunction(function):
-            async for item in function(message, session):
-                yield item
+            async with aclosing(function(message, session)) as items:
+                async for item in items:
+                    yield item
         elif inspect.iscoroutinefunction(function):
             if (item := await function(message, session)) is not None:
                 yield item
         else:
-            async for item in _in_thread(lambda: function(message, session)):
-                yield item
+            async with aclosing(_in_thread(lambda: function(message, session))) as items:
+                async for item in items:
+                    yield item
 
     async def close(self) -> None:
         """The bridge's end ends the agent."""
 
 
-async def _in_thread(call: Callable[[], Any]) -> AsyncIterator[Any]:
+async def _in_thread(call: Callable[[], Any]) -> AsyncGenerator[Any]:
     """What a function returns, or what the generator it returns yields, made in a thread of its own.
 
-    The thread waits while nobody takes what it made. One that never ends does not keep the sandbox alive.
+    The thread waits while nobody takes what it made, and closes the generator when nobody will any more. One that never ends does
+    not keep the sandbox alive.
     """
     loop = asyncio.get_running_loop()
     made: asyncio.Queue[tuple[str, Any]] = asyncio.Queue(_QUEUE_LENGTH)
+    abandoned = threading.Event()
 
     def put(kind: str, value: Any) -> None:
         asyncio.run_coroutine_threadsafe(made.put((kind, value)), loop).result()
@@ -76,24 +81,33 @@ async def _in_thread(call: Callable[[], Any]) -> AsyncIterator[Any]:
     def produce() -> None:
         try:
             result = call()
-            items: Iterator[Any] = result if inspect.isgenerator(result) else iter(() if result is None else (result,))
-            for item in items:
-                put("item", item)
+            if inspect.isgenerator(result):
+                for item in result:
+                    put("item", item)
+                    if abandoned.is_set():
+                        result.close()
+            elif result is not None:
+                put("item", result)
             put("end", None)
         except BaseException as error:  # carried over to the turn, which reports it
             put("error", error)
 
     threading.Thread(target=produce, name="agent turn", daemon=True).start()
-    while True:
-        kind, value = await made.get()
-        if kind == "item":
-            yield value
-        elif kind == "error":
-            if isinstance(value, Exception):
-                raise value
-            raise AgentError(f"the agent raised {type(value).__name__}", "agent.failed")
-        else:
-            return
+    try:
+        while True:
+            kind, value = await made.get()
+            if kind == "item":
+                yield value
+            elif kind == "error":
+                if isinstance(value, Exception):
+                    raise value
+                raise AgentError(f"the agent raised {type(value).__name__}", "agent.failed")
+            else:
+                return
+    finally:
+        abandoned.set()
+        while not made.empty():  # whoever waits to put something goes on, and sees that it is abandoned
+            made.get_nowait()
 
 
 def make(claim: dict[str, Any]) -> Runtime:

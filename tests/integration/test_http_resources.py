@@ -107,25 +107,31 @@ class House:
 
 
 @asynccontextmanager
+async def a_database(url: str) -> AsyncIterator[Database]:
+    db = Database(url, 8, 5.0)
+    await db.open()
+    try:
+        yield db
+    finally:
+        await db.close()
+
+
+@asynccontextmanager
 async def a_house(url: str, folder: Path, **settings: Any) -> AsyncIterator[House]:
     values = {"api_key": KEY, "internal_secret": SECRET, "data_dir": folder, "max_upload": 1 << 20, **settings}
     config = CoordinatorConfig(database_url=url, **values)
-    db = Database(url, 8, 5.0)
-    await db.open()
-    runner, readers = Runner(db), Readers()
-    services = Services(
-        config=config,
-        db=db,
-        coordinator_id="host-1",
-        started_at=time.monotonic(),
-        dispatch=runner,
-        streams=readers,
-    )
-    try:
+    async with a_database(url) as db:
+        runner, readers = Runner(db), Readers()
+        services = Services(
+            config=config,
+            db=db,
+            coordinator_id="host-1",
+            started_at=time.monotonic(),
+            dispatch=runner,
+            streams=readers,
+        )
         async with falcon.testing.ASGIConductor(build_app(services)) as http:
             yield House(http, db, runner, readers)
-    finally:
-        await db.close()
 
 
 @pytest.fixture
@@ -229,19 +235,17 @@ async def test_cors_answers_listed_origins_only_and_never_with_credentials(opene
 async def test_workers_starting_at_once_mint_one_initial_key(database_url: str, tmp_path: Path) -> None:
     folders = [tmp_path / "host1", tmp_path / "host2"]
     configs = [CoordinatorConfig(database_url=database_url, data_dir=folders[n % 2]) for n in range(6)]
-    db = Database(database_url, 8, 5.0)
-    await db.open()
-    minted = await asyncio.gather(*(ensure_initial_key(db, config) for config in configs))
-    paths = {path for path in minted if path is not None}
-    assert len(paths) == 1
-    (path,) = paths
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    digest = keys.hash_of(path.read_text().strip(), await keys.server_key(db))
-    assert await keys.tenant_of(db, digest) == "default"
-    assert await db.fetch_value("SELECT count(*) FROM api_keys") == 1
-    assert [entry for folder in folders for entry in folder.iterdir()] == [path]
-    assert await ensure_initial_key(db, configs[0]) is None
-    await db.close()
+    async with a_database(database_url) as db:
+        minted = await asyncio.gather(*(ensure_initial_key(db, config) for config in configs))
+        paths = {path for path in minted if path is not None}
+        assert len(paths) == 1
+        (path,) = paths
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        digest = keys.hash_of(path.read_text().strip(), await keys.server_key(db))
+        assert await keys.tenant_of(db, digest) == "default"
+        assert await db.fetch_value("SELECT count(*) FROM api_keys") == 1
+        assert [entry for folder in folders for entry in folder.iterdir()] == [path]
+        assert await ensure_initial_key(db, configs[0]) is None
 
 
 # Service
