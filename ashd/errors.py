@@ -1,6 +1,8 @@
-"""The families of errors; the family decides HTTP status class, gRPC status, retry and log level, the leaf names the fact.
+"""The families of errors; the family decides HTTP status class, gRPC status, retry and log level, the leaf names the
+fact.
 
-Covers: what may be raised across rooms. Leaves out: how an error looks on the wire (coordinator/problems.py, wire/status.py).
+Covers: what may be raised across rooms. Leaves out: how an error looks on the wire (coordinator/problems.py,
+wire/status.py).
 """
 
 from __future__ import annotations

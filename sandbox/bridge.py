@@ -1,10 +1,10 @@
 """The bridge: first process of the jail. Gives up its privileges, loads the agent, runs its turns, reaps.
 
-Covers: the agent's side of the conversation with the keeper, and what is the same for every runtime: joining pieces of text, adding
-a result, turning an exception into the turn's end. Leaves out: how each runtime runs an agent (runtimes/).
+Covers: the agent's side of the conversation with the keeper, and what is the same for every runtime: joining pieces of
+text, adding a result, turning an exception into the turn's end. Leaves out: how each runtime runs an agent (runtimes/).
 
-FORK: runs in a child of the keeper's. asyncio is imported here only once the fork is done (the zygote has it preloaded).
-SECURITY: from `claim` on this process runs the agent's code. Nothing it says is believed by the keeper.
+FORK: runs in a child of the keeper's. asyncio is imported here only once the fork is done (the zygote has it
+preloaded). SECURITY: from `claim` on this process runs the agent's code. Nothing it says is believed by the keeper.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> 
         keeper = _own_descriptors(keeper_fd, stdout_fd, stderr_fd)
         jail.enter(spec)
         keeper.sendall(Tag.JAILED + b"{}\n")
-        if (claim := _await_claim(keeper)) is not None:
-            code = _serve(keeper, claim)
-        else:
-            code = 0
+        claim = _await_claim(keeper)
+        code = 0 if claim is None else _serve(keeper, claim)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -47,7 +45,9 @@ def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> 
 
 
 def _own_descriptors(keeper_fd: int, stdout_fd: int, stderr_fd: int) -> socket.socket:
-    """stdin from nowhere, stdout and stderr to the keeper's log, the keeper's socket as descriptor 3, and nothing else."""
+    """stdin from nowhere, stdout and stderr to the keeper's log, the keeper's socket as descriptor 3, and nothing
+    else.
+    """
     high = os.dup2(keeper_fd, 100, inheritable=False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout_fd, 1)
@@ -86,7 +86,8 @@ def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
         {"PATH": claim["path"], "HOME": str(workspace), "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PWD": str(workspace)}
     )
     os.environ.update(claim["env"])
-    for number in (signal.SIGTERM, signal.SIGINT):  # the zygote ignores SIGINT, and what an agent starts would inherit that
+    # The zygote ignores SIGINT, and what an agent starts would inherit that.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     bridge: Bridge = Bridge(keeper, claim)
     return asyncio.run(bridge.serve())

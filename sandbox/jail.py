@@ -1,7 +1,8 @@
 """The jail: what a bridge gives up, irrevocably, before the first instruction of agent code.
 
 Covers: joining cgroups, namespaces, mounts, limits, identity, privileges, in the one order that works.
-Leaves out: which of it a host allows (`probe`, asked once by the zygote), making cgroups and choosing user ids (ashd.runner).
+Leaves out: which of it a host allows (`probe`, asked once by the zygote), making cgroups and choosing user ids
+(ashd.runner).
 
 Sources: namespaces(7), pid_namespaces(7), mount_namespaces(7), prctl(2), credentials(7), cgroups(7).
 """
@@ -92,9 +93,9 @@ class JailSpec:
 def enter(spec: JailSpec) -> None:
     """Puts the calling process, a fresh child of the keeper, into the jail. Raises OSError; then the process must exit.
 
-    ORDER: cgroups first, so that everything after is already accounted and limited; mounts while we are still privileged; limits
-    before the identity (NPROC counts per user id); the identity before no_new_privs and PDEATHSIG, because changing it clears
-    the latter (prctl(2)).
+    ORDER: cgroups first, so that everything after is already accounted and limited; mounts while we are still
+    privileged; limits before the identity (NPROC counts per user id); the identity before no_new_privs and PDEATHSIG,
+    because changing it clears the latter (prctl(2)).
     """
     for folder in spec.cgroups:
         Path(folder, "cgroup.procs").write_text("0")
@@ -121,7 +122,9 @@ def _limit(which: int, value: int) -> None:
 
 
 def _build_mounts(reveal: list[str]) -> None:
-    """Hides scratch folders and folders closed to other users behind empty ones, then binds `reveal` back into place."""
+    """Hides scratch folders and folders closed to other users behind empty ones, then binds `reveal` back into
+    place.
+    """
     _mount("none", "/", "", MS_REC | MS_PRIVATE)  # nothing below reaches the host
     held = [(path, os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) for path in _outermost(reveal)]
     hidden = _outermost([*SCRATCH, *(closed for path, _ in held if (closed := _closed_parent(path)))])

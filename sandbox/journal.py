@@ -1,16 +1,19 @@
-"""A session's journal: an append-only file of numbered records, cut into segments, with one writer and any number of readers.
+"""A session's journal: an append-only file of numbered records, cut into segments, with one writer and any number of
+readers.
 
-Covers: numbering, the format on disk, bounds, following a journal that grows. Leaves out: who writes (keeper.py) and what becomes
-of the records (ashd.runner).
+Covers: numbering, the format on disk, bounds, following a journal that grows. Leaves out: who writes (keeper.py) and
+what becomes of the records (ashd.runner).
 
-A segment is named after the position before its first record, `<seq>-<part>.seg`, so that a reader finds its place by names
-alone. A record is a fixed header (length, CRC-32, seq, part, kind, length of type, turn), the type and the payload. Records are
-written whole in one append; a torn one (host crash) fails its CRC and ends the journal there. Nothing is synced to the
-device: the journal survives the death of every process, the database survives the death of the host.
+A segment is named after the position before its first record, `<seq>-<part>.seg`, so that a reader finds its place by
+names alone. A record is a fixed header (length, CRC-32, seq, part, kind, length of type, turn), the type and the
+payload. Records are written whole in one append; a torn one (host crash) fails its CRC and ends the journal there.
+Nothing is synced to the device: the journal survives the death of every process, the database survives the death of
+the host.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import uuid
@@ -21,7 +24,8 @@ from typing import NamedTuple
 
 from sandbox.protocol import NO_TURN, Kind, Record
 
-_HEADER = struct.Struct("<IIqIBB16s")  # length of type + payload, CRC-32 of all that follows it, seq, part, kind, type length, turn
+# length of type + payload, CRC-32 of all that follows it, seq, part, kind, length of type, turn
+_HEADER = struct.Struct("<IIqIBB16s")
 _CRC_START = 8
 _READ_BYTES = 256 * 1024
 MAX_RECORD_BYTES = 256 * 1024 * 1024
@@ -81,13 +85,11 @@ def _segments(folder: Path) -> list[tuple[Position, Path]]:
 class Writer:
     """The only writer of a journal; numbers what it appends.
 
-    `last` is the position after the newest record. Records collect in memory until `flush`, which appends them in one write;
-    an OSError from it (disk full) leaves them collected, so that a later flush writes them all.
+    `last` is the position after the newest record. Records collect in memory until `flush`, which appends them in one
+    write; an OSError from it (disk full) leaves them collected, so that a later flush writes them all.
     """
 
-    def __init__(
-        self, folder: Path, start: Position, *, acked_seq: int, segment_bytes: int, max_bytes: int
-    ) -> None:
+    def __init__(self, folder: Path, start: Position, *, acked_seq: int, segment_bytes: int, max_bytes: int) -> None:
         """Opens the segment of `folder` that goes on from `start`; events up to `acked_seq` are committed."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -121,7 +123,9 @@ class Writer:
 
     @property
     def blocked(self) -> bool:
-        """True while saved events alone overfill the journal: read no more from the agent until some are acknowledged."""
+        """True while saved events alone overfill the journal: read no more from the agent until some are
+        acknowledged.
+        """
         return not self._has_room(self._max_bytes + self._max_bytes // 4)
 
     def _has_room(self, most: int) -> bool:
@@ -175,7 +179,7 @@ class Writer:
     def _trim(self) -> None:
         """Deletes old segments whose saved events are all committed, until there is room."""
         segments = _segments(self.folder)
-        for (_, path), (following, _) in zip(segments, segments[1:], strict=False):
+        for (_, path), (following, _) in itertools.pairwise(segments):
             if self._held < self._max_bytes or following.seq > self._acked_seq:
                 return
             self._total -= path.stat().st_size
@@ -219,8 +223,8 @@ def _scan(path: Path) -> Iterator[tuple[Record, int]]:
 class Reader:
     """Follows a journal from a position on; one descriptor, no more memory than one read.
 
-    `read` returns what is there and [] when that is nothing yet. Where segments it still wanted were trimmed, it goes on at the
-    oldest record left: `starts_after` tells.
+    `read` returns what is there and [] when that is nothing yet. Where segments it still wanted were trimmed, it goes
+    on at the oldest record left: `starts_after` tells.
     """
 
     def __init__(self, folder: Path, after: Position) -> None:
@@ -236,7 +240,9 @@ class Reader:
                 break
 
     def _open(self, position: Position, path: Path) -> bool:
-        """RACE: False if the writer has trimmed the segment since we saw its name; a look at the names shows a newer one."""
+        """RACE: False if the writer has trimmed the segment since we saw its name; a look at the names shows a newer
+        one.
+        """
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

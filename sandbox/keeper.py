@@ -1,11 +1,11 @@
 """The keeper: outside the jail, parent of the jail's first process, and the only one that writes the session's journal.
 
 Covers: the life of one sandbox, from its fork to its last event; believing nothing that comes from inside.
-Leaves out: the jail itself (jail.py), what runs in it (bridge.py), the words of the journal (ledger.py), where its records go
-(ashd.runner).
+Leaves out: the jail itself (jail.py), what runs in it (bridge.py), the words of the journal (ledger.py), where its
+records go (ashd.runner).
 
-It outlives its supervisor: the next one connects to keeper.sock and is told where things stand. One thread, one selector. Its
-death ends the jail (PDEATHSIG), so killing it is the last resort that always works. Its folder:
+It outlives its supervisor: the next one connects to keeper.sock and is told where things stand. One thread, one
+selector. Its death ends the jail (PDEATHSIG), so killing it is the last resort that always works. Its folder:
 
     keeper.sock   where the supervisor connects      session.json  whose sandbox this is, once claimed
     lock          held (flock) while the keeper lives  logs          what the agent wrote to stdout and stderr
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, ClassVar, NoReturn, TypedDict
 
 from sandbox import bridge, jail
 from sandbox.journal import Position, Writer
@@ -378,7 +378,7 @@ class Keeper:
         self._end(command.get("cause", "ended"))
         return {"ending": True}
 
-    _commands: dict[str, Callable[[Keeper, dict[str, Any]], dict[str, Any] | None]] = {
+    _commands: ClassVar[dict[str, Callable[[Keeper, dict[str, Any]], dict[str, Any] | None]]] = {
         "claim": _claim,
         "turn": _start_turn,
         "interrupt": _stop_turn,
@@ -419,7 +419,9 @@ class Keeper:
             self._end("not_loaded")
         elif tag == Tag.TIMING and self._timing_due:
             self._timing_due = False
-            self._tell({"timing": {**_timing_of(body), "sessionId": self._session["session"], "timestamp": timestamp()}})
+            self._tell(
+                {"timing": {**_timing_of(body), "sessionId": self._session["session"], "timestamp": timestamp()}}
+            )
         else:
             raise Malformed(f"a frame {tag!r} that has no place now")
 

@@ -1,7 +1,7 @@
 """The ledger: what of a session's turns goes into its journal, and in which words.
 
-Covers: launching, the agent's messages with their timeline entries, settling, closing; and the same for a keeper that died before
-it could. Leaves out: the format on disk (journal.py), when any of it happens (keeper.py).
+Covers: launching, the agent's messages with their timeline entries, settling, closing; and the same for a keeper that
+died before it could. Leaves out: the format on disk (journal.py), when any of it happens (keeper.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Ledger:
         self._usage: dict[str, Any] = {}
 
     def launch(self, turn: str, content: Any) -> None:
-        """Opens a turn: from this record on it has been launched and is never launched again. Raises OSError (disk full)."""
+        """Opens a turn: from this record on it has been launched and is never launched again. Raises OSError (disk
+        full).
+        """
         self.writer.flush()
         before = self.writer.last
         self.writer.append(Kind.MESSAGE, "user", _payload({"type": "user", "content": content}), turn)

@@ -11,7 +11,9 @@ _MAX_LINE_BYTES = 16 * 1024
 
 
 class LogFile:
-    """Appends log lines `{"index", "level", "text", "ts"}`; past the bound they are counted and dropped, and that is said once."""
+    """Appends log lines `{"index", "level", "text", "ts"}`; past the bound they are counted and dropped, and that is
+    said once.
+    """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

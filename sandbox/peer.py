@@ -13,7 +13,8 @@ _REST_READS = 64
 class Peer:
     """A non-blocking stream socket with a bounded buffer for what it doesn't take yet.
 
-    `received` gets each piece of bytes, and b"" once when the other side has closed; after that, and after `close`, nothing.
+    `received` gets each piece of bytes, and b"" once when the other side has closed; after that, and after `close`,
+    nothing.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class Peer:
         return not self._backlog
 
     def send(self, data: bytes) -> None:
-        """Sends now what the other side takes and the rest later; one that lets more than max_backlog wait is cut off."""
+        """Sends now what the other side takes and the rest later; one that lets more than max_backlog wait is cut
+        off.
+        """
         if self.closed:
             return
         self._backlog += data

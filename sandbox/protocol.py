@@ -1,7 +1,7 @@
 """What supervisor, keeper and bridge say to each other, and the bounds that keep a hostile bridge harmless.
 
-Covers: the record kinds of a journal, the frames a bridge sends, bounded line splitting, JSON that may be believed, and which
-timeline entries an agent's message stands for.
+Covers: the record kinds of a journal, the frames a bridge sends, bounded line splitting, JSON that may be believed,
+and which timeline entries an agent's message stands for.
 Leaves out: how records lie on disk (journal.py), who reads which socket (keeper.py, bridge.py, ashd.runner).
 
 Three conversations, all of them lines ended by a newline:
@@ -26,8 +26,8 @@ MAX_JSON_DEPTH = 100
 """Nesting an agent's message may have; deeper ones could exhaust the stack of a later reader."""
 
 MAX_JSON_VALUES = 100_000
-"""Values an agent's message may consist of. A parsed value takes up to a hundred times the room of its text, in a keeper that no
-cgroup limits."""
+"""Values an agent's message may consist of. A parsed value takes up to a hundred times the room of its text, in a
+keeper that no cgroup limits."""
 
 MAX_COMMAND_BYTES = 64 * 1024 * 1024
 """Longest line from a supervisor: a message of the API's 50 MiB, escaped."""
@@ -93,8 +93,8 @@ def _finite(text: str) -> float:
 def parse_object(raw: bytes) -> tuple[dict[str, Any], bytes]:
     """A JSON object from untrusted bytes, and the same object as ASCII bytes on one line.
 
-    Raises Malformed for anything else: invalid UTF-8, NaN, numbers too large to convert, nesting past MAX_JSON_DEPTH, more than
-    MAX_JSON_VALUES.
+    Raises Malformed for anything else: invalid UTF-8, NaN, numbers too large to convert, nesting past MAX_JSON_DEPTH,
+    more than MAX_JSON_VALUES.
     """
     if _values_exceed(raw, MAX_JSON_VALUES):
         raise Malformed(f"more than {MAX_JSON_VALUES} values")

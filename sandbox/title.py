@@ -1,7 +1,7 @@
 """The name a process shows in ps.
 
-setproctitle is the one import outside the standard library in this room: without it processes keep the zygote's name, and
-everything else works.
+setproctitle is the one import outside the standard library in this room: without it processes keep the zygote's name,
+and everything else works.
 """
 
 from __future__ import annotations

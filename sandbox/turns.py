@@ -1,7 +1,7 @@
 """How turns run inside a sandbox, whatever the runtime.
 
-Covers: the commands of the keeper, one turn at a time, what an agent yields becoming messages, interrupts, the turn's end.
-Leaves out: how an agent is loaded and called (runtimes/), everything before the claim (bridge.py).
+Covers: the commands of the keeper, one turn at a time, what an agent yields becoming messages, interrupts, the turn's
+end. Leaves out: how an agent is loaded and called (runtimes/), everything before the claim (bridge.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from typing import Any, Protocol
 from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, Malformed, Tag, check_shape
 
 MAX_TEXT = 1024 * 1024
-"""Pieces of text are joined into one message up to so many characters, then into the next, so that a long answer costs no memory."""
+"""Pieces of text are joined into one message up to so many characters, then into the next, so that a long answer costs
+no memory.
+"""
 
 _MOST_BYTES_A_CHARACTER = 12
 _FRAME_AROUND_TEXT = 4096
@@ -40,7 +42,9 @@ class AgentError(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """What the user asked in one turn. `content` is text or a list of content blocks, `options` the rest of the request."""
+    """What the user asked in one turn. `content` is text or a list of content blocks, `options` the rest of the
+    request.
+    """
 
     content: str | list[dict[str, Any]]
     options: dict[str, Any]
@@ -57,8 +61,8 @@ class Message:
 class Session:
     """What an agent knows of its session.
 
-    `turn` counts from 1; `history` holds the messages so far, oldest first, as {"role", "content"}; `state` is a dict that lives as
-    long as the session; `interrupted` is set when the user has asked the turn to stop.
+    `turn` counts from 1; `history` holds the messages so far, oldest first, as {"role", "content"}; `state` is a dict
+    that lives as long as the session; `interrupted` is set when the user has asked the turn to stop.
     """
 
     id: str
@@ -334,7 +338,8 @@ def make_runtime(claim: dict[str, Any]) -> Runtime:
 def reap_orphans() -> None:
     """Between turns: collects dead processes that were left to us as PID 1.
 
-    Only those that were dead at the end of the turn before, too: a child the agent itself waits for is collected by then.
+    Only those that were dead at the end of the turn before, too: a child the agent itself waits for is collected by
+    then.
     """
     if os.getpid() != 1:
         return

@@ -1,10 +1,11 @@
 """The zygote: imports what sandboxes need once, then forks a keeper whenever its supervisor asks for one.
 
-Covers: preloading, the probe of what the host allows, forking, reaping. Leaves out: everything a keeper does (keeper.py).
+Covers: preloading, the probe of what the host allows, forking, reaping. Leaves out: everything a keeper does
+(keeper.py).
 
-Runs as `python -m sandbox.zygote FD [MODULE …]`: FD is its end of a SOCK_SEQPACKET pair, one JSON object a message. It first sends
-{"ready": probe}; it gets {"sandbox", "folder", "jail", "bounds"} and answers {"sandbox", "pid"} or {"sandbox", "error"}.
-Ends when the supervisor's end closes. Keepers live on; their new parent reaps them.
+Runs as `python -m sandbox.zygote FD [MODULE …]`: FD is its end of a SOCK_SEQPACKET pair, one JSON object a message. It
+first sends {"ready": probe}; it gets {"sandbox", "folder", "jail", "bounds"} and answers {"sandbox", "pid"} or
+{"sandbox", "error"}. Ends when the supervisor's end closes. Keepers live on; their new parent reaps them.
 
 FORK: single-threaded, no event loop, no sockets but the one; what is imported here is shared by every sandbox.
 """

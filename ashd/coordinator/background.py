@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 
 class Background:
-    """Tasks owned by the worker, each named and guarded: one that fails gives its error as its result and harms no other."""
+    """Tasks owned by the worker, each named and guarded: one that fails gives its error as its result and harms no
+    other.
+    """
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self._tasks = tasks

@@ -1,6 +1,7 @@
 """Asking runners to do what the database has decided: start sessions, launch turns, end sandboxes.
 
-Covers: what to do when a runner refuses or doesn't answer. Leaves out: choosing it (store/placement.py), following it (follow.py).
+Covers: what to do when a runner refuses or doesn't answer. Leaves out: choosing it (store/placement.py), following it
+(follow.py).
 
 What must come to an end although its client has left runs in the background.
 """
@@ -57,7 +58,9 @@ class Dispatcher:
     # ------------------------------------------------------------ sessions
 
     async def start_session(self, created: sessions.Created) -> sessions.Session:
-        """Has a runner start the session's sandbox; the session, active. Finishes even if nobody waits for it any more."""
+        """Has a runner start the session's sandbox; the session, active. Finishes even if nobody waits for it any
+        more.
+        """
         if created.replayed and created.session.status != "starting":
             return created.session
         session = created.session
@@ -139,8 +142,9 @@ class Dispatcher:
     async def launch(self, launch: Launch) -> Call:
         """Launches an accepted turn, patiently; the stream of its events, its first batch read.
 
-        A turn that can't be launched any more is settled, and the reason raised: Rejected, NotFound. Raises Unavailable, with the turn
-        still accepted, when the runner doesn't answer for long; the sweep tries again. WAITS: _LAUNCH_PATIENCE_S.
+        A turn that can't be launched any more is settled, and the reason raised: Rejected, NotFound. Raises
+        Unavailable, with the turn still accepted, when the runner doesn't answer for long; the sweep tries again.
+        WAITS: _LAUNCH_PATIENCE_S.
         """
         backoff = Backoff(first_s=0.05, most_s=1.0)
         deadline = asyncio.get_running_loop().time() + _LAUNCH_PATIENCE_S
@@ -173,9 +177,7 @@ class Dispatcher:
             text, code = "The session's sandbox is gone; the turn was not run.", "sandbox.gone"
         else:
             text, code = why.message, why.code
-        await turns.settle_unlaunched(
-            self._db, launch.turn, launch.epoch, outcome="failed", error=text, code=code
-        )
+        await turns.settle_unlaunched(self._db, launch.turn, launch.epoch, outcome="failed", error=text, code=code)
 
     def launch_unwatched(self, launch: Launch) -> None:
         """Launches a turn nobody listens to."""

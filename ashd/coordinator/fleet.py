@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Fleet:
-    """Channels to runners, by address. Bounded by the number of addresses runners ever registered with this worker's life."""
+    """Channels to runners, by address. Bounded by the number of addresses runners ever registered with this worker's
+    life.
+    """
 
     def __init__(self, secret: str) -> None:
         self.metadata: Metadata = bearer(secret)

@@ -1,8 +1,10 @@
 """Following a session: its saved events from the database, the rest from its runner's journal, across every break.
 
-Covers: gaps, broken streams, restarted supervisors, sessions that pause, move or end. Leaves out: what clients see (frames.py).
+Covers: gaps, broken streams, restarted supervisors, sessions that pause, move or end. Leaves out: what clients see
+(frames.py).
 
-A follower yields each event once, in order, and after each batch knows its place; whatever happens next, it goes on from there.
+A follower yields each event once, in order, and after each batch knows its place; whatever happens next, it goes on
+from there.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Call = aio.UnaryStreamCall[Any, events_pb2.EventBatch]
 
 
 class Discarded(Exception):
-    """Events this follower has given out were of a lease that ended before they were saved; `seq` is the last that still holds."""
+    """Events this follower has given out were of a lease that ended before they were saved; `seq` is the last that
+    still holds.
+    """
 
     def __init__(self, epoch: int, seq: int) -> None:
         super().__init__(f"events after {seq} were discarded")
@@ -47,7 +51,9 @@ class Discarded(Exception):
 class Follower:
     """Follows one session from a place on. `place` is (seq, part) of the last event given out, `epoch` its lease."""
 
-    def __init__(self, db: Database, fleet: Fleet, watch: Watch, session: str, epoch: int, place: tuple[int, int]) -> None:
+    def __init__(
+        self, db: Database, fleet: Fleet, watch: Watch, session: str, epoch: int, place: tuple[int, int]
+    ) -> None:
         self._db = db
         self._fleet = fleet
         self._watch = watch
@@ -57,9 +63,7 @@ class Follower:
         self.epoch = epoch
         self.place = place
 
-    async def batches(
-        self, call: Call | None, location: sessions.Location | None
-    ) -> AsyncGenerator[list[Shown]]:
+    async def batches(self, call: Call | None, location: sessions.Location | None) -> AsyncGenerator[list[Shown]]:
         """Batches of events until the session has ended; an empty one is a sign that the runner has answered.
 
         `call` is a stream that is open already, under `self.epoch`; without one, `location` says where to begin.

@@ -1,10 +1,11 @@
 """A session's events as the frames of an SSE stream (api.md §4).
 
-Covers: which frames an event is shown as, their names, data and cursors. Leaves out: where events come from (follow.py), who gets
-the frames (stream.py).
+Covers: which frames an event is shown as, their names, data and cursors. Leaves out: where events come from
+(follow.py), who gets the frames (stream.py).
 
-An agent's message is announced by granular frames, then shown itself. Every frame has a cursor of its own (domain/event.py), the
-same whether it comes live or from the database, so that a client cut off between any two frames misses and doubles nothing.
+An agent's message is announced by granular frames, then shown itself. Every frame has a cursor of its own
+(domain/event.py), the same whether it comes live or from the database, so that a client cut off between any two frames
+misses and doubles nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ashd.wire.v1 import events_pb2
 KEEP_ALIVE = b": keep-alive\n\n"
 
 _OWN_NAMES = frozenset(
-    "session_start message error done reset user_message lifecycle turn_complete text_delta thinking_delta tool_use tool_result".split()
+    {"session_start", "message", "error", "done", "reset", "user_message", "lifecycle"}
+    | {"turn_complete", "text_delta", "thinking_delta", "tool_use", "tool_result"}
 )
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 

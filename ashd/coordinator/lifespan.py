@@ -203,7 +203,9 @@ def _errors(group: BaseExceptionGroup[AshdError]) -> list[AshdError]:
 
 
 class _Patient:
-    """Sends to a client, but not for ever: one that takes nothing for `timeout_s` is given up. Its cursor stays valid."""
+    """Sends to a client, but not for ever: one that takes nothing for `timeout_s` is given up. Its cursor stays
+    valid.
+    """
 
     def __init__(self, send: Send, timeout_s: float) -> None:
         self._send = send

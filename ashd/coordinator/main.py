@@ -26,7 +26,9 @@ _HEARTBEAT_TIMEOUT_S = 30
 
 
 def serve(config: CoordinatorConfig) -> int:
-    """Runs a coordinator until SIGTERM or SIGINT. Returns the exit code: 0 after an orderly end, 1 if it could not start."""
+    """Runs a coordinator until SIGTERM or SIGINT. Returns the exit code: 0 after an orderly end, 1 if it could not
+    start.
+    """
     log.setup(config.log)
     try:
         if config.migrate_on_start:

@@ -16,7 +16,9 @@ from ashd.wire.v1 import events_pb2, registry_pb2
 
 
 async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_pb2.RecordResponse:
-    """Commits one batch of many sessions' events. Raises Rejected (it can't be stored), Unavailable (nothing is known)."""
+    """Commits one batch of many sessions' events. Raises Rejected (it can't be stored), Unavailable (nothing is
+    known).
+    """
     recording = await events.record(db, [_batch_of(session) for session in request.sessions])
     return registry_pb2.RecordResponse(
         recorded=[

@@ -1,6 +1,8 @@
-"""The gRPC registry: where runners report. Served by every worker, on one port that all share or on a socket of its own.
+"""The gRPC registry: where runners report. Served by every worker, on one port that all share or on a socket of its
+own.
 
-Covers: Register, Heartbeat, Record, Deregister, FetchBundle, in the wire's words. Leaves out: what they change (ashd.store).
+Covers: Register, Heartbeat, Record, Deregister, FetchBundle, in the wire's words. Leaves out: what they change
+(ashd.store).
 """
 
 from __future__ import annotations
@@ -33,9 +35,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
         self._db = db
         self._coordinator_id = coordinator_id
 
-    async def Register(
-        self, request: registry_pb2.RegisterRequest, context: Context
-    ) -> registry_pb2.RegisterResponse:
+    async def Register(self, request: registry_pb2.RegisterRequest, context: Context) -> registry_pb2.RegisterResponse:
         try:
             registered = await runners.register(self._db, _registration_of(request), _leases_of(request.leases))
         except AshdError as error:

@@ -1,7 +1,7 @@
 """Streams of a session's events to clients: the reply to a message, and attaching with replay (api.md §4).
 
-Covers: the order of frames, keep-alives, the end of a stream, what happens when the worker stops. Leaves out: finding the events
-(follow.py), their frames (frames.py), launching (dispatch.py).
+Covers: the order of frames, keep-alives, the end of a stream, what happens when the worker stops. Leaves out: finding
+the events (follow.py), their frames (frames.py), launching (dispatch.py).
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class SessionStreams:
     # ------------------------------------------------------------ attaching
 
     async def attach(self, req: Request, resp: Response, session: sessions.Session, cursor: str | None) -> None:
-        """Replays what came after `cursor` (None: the live end), then follows. Raises Rejected for one that can't be."""
+        """Replays what came after `cursor` (None: the live end), then follows. Raises Rejected for one that can't
+        be.
+        """
         after = Cursor(session.epoch, session.last_seq) if cursor is None else _parse(cursor)
         if after.epoch > session.epoch or (session.runner_id is None and after.seq > session.last_seq):
             raise Rejected("The cursor names an event this session does not have", code="cursor.ahead")
@@ -203,7 +205,9 @@ async def _chunks(
 
 
 class _Paced:
-    """A stream as Falcon takes it: chunks as they come, a comment after each silence, a last one when the worker stops."""
+    """A stream as Falcon takes it: chunks as they come, a comment after each silence, a last one when the worker
+    stops.
+    """
 
     def __init__(self, open_streams: set[_Paced], chunks: AsyncGenerator[bytes], interval_s: float) -> None:
         self._open_streams = open_streams
@@ -237,7 +241,9 @@ class _Paced:
         return KEEP_ALIVE
 
     async def _wait(self, chunk: asyncio.Task[bytes]) -> None:
-        """Until there is a chunk, silence has lasted, or we are to stop. PERF: asyncio.wait costs several times as much."""
+        """Until there is a chunk, silence has lasted, or we are to stop. PERF: asyncio.wait costs several times as
+        much.
+        """
         if chunk.done() or self._stopping:
             return
         loop = asyncio.get_running_loop()
@@ -268,12 +274,11 @@ def _parse(cursor: str) -> Cursor:
         return Cursor.parse(cursor)
     except ValueError:
         raise Rejected(
-            "The cursor must be the id of a frame of this session's stream (epoch.seq.part), or 0", code="cursor.invalid"
+            "The cursor must be the id of a frame of this session's stream (epoch.seq.part), or 0",
+            code="cursor.invalid",
         ) from None
 
 
 def _launch_of(admitted: turns.Admitted) -> Launch:
     turn = admitted.turn
-    return Launch(
-        turn.session_id, turn.id, admitted.epoch, admitted.runner_address, admitted.request, turn.timeout_ms
-    )
+    return Launch(turn.session_id, turn.id, admitted.epoch, admitted.runner_address, admitted.request, turn.timeout_ms)

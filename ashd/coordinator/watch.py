@@ -1,4 +1,6 @@
-"""Asking the database about many sessions at once: where each is now, at most once a second for all that are watched."""
+"""Asking the database about many sessions at once: where each is now, at most once a second for all that are
+watched.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Watch:
         self._wake = asyncio.Event()
 
     async def where(self, session: str) -> sessions.Location | None:
-        """The session's place as the database knows it within the next second or as soon as it answers; None = no such session."""
+        """The session's place as the database knows it within the next second or as soon as it answers; None = no such
+        session.
+        """
         if session not in self._asked:
             self._asked[session] = asyncio.get_running_loop().create_future()
             self._wake.set()

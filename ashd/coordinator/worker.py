@@ -1,4 +1,5 @@
-"""gunicorn's asyncio worker, with what it leaves out: the backlog, send buffers, and an end that doesn't wait for streams.
+"""gunicorn's asyncio worker, with what it leaves out: the backlog, send buffers, and an end that doesn't wait for
+streams.
 
 Checked against gunicorn 27.0; each override says what it stands in for.
 """
@@ -24,10 +25,12 @@ class CoordinatorWorker(ASGIWorker):  # type: ignore[misc]
         super().init_process()
 
     def notify(self) -> None:
-        """Called each second once the servers listen; the first time, sets what the worker doesn't pass on to its sockets.
+        """Called each second once the servers listen; the first time, sets what the worker doesn't pass on to its
+        sockets.
 
-        create_server() is called without a backlog, so 100 stands whatever was configured; listen(2) again replaces it. Connections
-        inherit the send buffer: set, the kernel stops growing it to megabytes for a client that doesn't read (tcp(7)).
+        create_server() is called without a backlog, so 100 stands whatever was configured; listen(2) again replaces
+        it. Connections inherit the send buffer: set, the kernel stops growing it to megabytes for a client that
+        doesn't read (tcp(7)).
         """
         super().notify()
         if self._tuned or not self.servers:
@@ -38,7 +41,9 @@ class CoordinatorWorker(ASGIWorker):  # type: ignore[misc]
             listener.sock.listen(self.cfg.backlog)
 
     def handle_exit_signal(self) -> None:
-        """SIGTERM: streams end now, each with a valid cursor; otherwise they would be waited for, then cut by the master."""
+        """SIGTERM: streams end now, each with a valid cursor; otherwise they would be waited for, then cut by the
+        master.
+        """
         self.asgi.stop_streams()
         super().handle_exit_signal()
 

@@ -1,8 +1,8 @@
 """Events: their kinds, and the places between them that a cursor names.
 
-A session's saved events are numbered densely from 1 (`seq`). Between two of them lie partial outputs (`part` 1, 2, …), and the frames
-that a saved event is shown as before itself. All of that is one order, (seq, part), so that one comparison tells what a client
-has had:
+A session's saved events are numbered densely from 1 (`seq`). Between two of them lie partial outputs (`part` 1, 2, …),
+and the frames that a saved event is shown as before itself. All of that is one order, (seq, part), so that one
+comparison tells what a client has had:
 
     4.0      after saved event 4
     4.1 4.2  after the first, the second frame of the deltas behind it

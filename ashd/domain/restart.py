@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass
 class Backoff:
-    """Delays that double from `first_s` to `most_s`; `jitter` in [0, 1) is the caller's chance, so that many don't retry at once."""
+    """Delays that double from `first_s` to `most_s`; `jitter` in [0, 1) is the caller's chance, so that many don't
+    retry at once.
+    """
 
     first_s: float = 0.1
     most_s: float = 5.0

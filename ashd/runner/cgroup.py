@@ -1,7 +1,7 @@
 """One cgroup a sandbox, for memory and processes, on hierarchies of version 1 and 2.
 
-Covers: finding what is mounted and writable, making, limiting, emptying and removing groups. Leaves out: joining (sandbox/jail.py does
-it, before the first instruction of agent code).
+Covers: finding what is mounted and writable, making, limiting, emptying and removing groups. Leaves out: joining
+(sandbox/jail.py does it, before the first instruction of agent code).
 
 Sources: cgroups(7), Documentation/admin-guide/cgroup-v1/{memory,pids}.rst, cgroup-v2.rst.
 """
@@ -115,7 +115,9 @@ def leftovers(hierarchies: list[Hierarchy], known: set[str]) -> set[str]:
 
 
 async def remove(hierarchies: list[Hierarchy], name: str) -> bool:
-    """Kills whatever still runs in a sandbox's groups and removes them; False if something would not die in about a second."""
+    """Kills whatever still runs in a sandbox's groups and removes them; False if something would not die in about a
+    second.
+    """
     groups = [group for hierarchy in hierarchies if (group := hierarchy.parent / name).is_dir()]
     for _ in range(_KILL_ROUNDS):
         groups = [group for group in groups if not _try_remove(group)]

@@ -61,11 +61,11 @@ class Recording:
 async def follow(
     folder: Path, after: Position, grew: Bell, closed: asyncio.Event, recording: Recording
 ) -> AsyncIterator[tuple[Position, list[Record]]]:
-    """Batches of a journal's records after a position, then live, each with the position before which nothing is left. The first is
-    empty and comes at once.
+    """Batches of a journal's records after a position, then live, each with the position before which nothing is left.
+    The first is empty and comes at once.
 
-    A record that ends a turn or the sandbox is given out only once it is committed (P1). Ends when the sandbox has closed and all is
-    given out, or when its epoch is over.
+    A record that ends a turn or the sandbox is given out only once it is committed (P1). Ends when the sandbox has
+    closed and all is given out, or when its epoch is over.
     """
     reader = Reader(folder, after)
     try:

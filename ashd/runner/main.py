@@ -117,7 +117,9 @@ def _identity(config: RunnerConfig, state_dir: Path) -> Identity:
 
 
 def _runner_id(config: RunnerConfig, state_dir: Path) -> str:
-    """The configured id; else the one of this state_dir's first start, so that a restarted runner is the same runner."""
+    """The configured id; else the one of this state_dir's first start, so that a restarted runner is the same
+    runner.
+    """
     if config.runner_id:
         return config.runner_id
     kept = state_dir / "runner-id"

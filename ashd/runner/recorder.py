@@ -1,7 +1,7 @@
 """The way up for saved events: batches of all sessions' events, acknowledged when committed (P1, P2).
 
-Covers: reading what isn't committed yet from the journals, one batch in flight, what an acknowledgement and a fence mean.
-Leaves out: the stream it travels on (uplink.py), the transaction that commits it (ashd/coordinator/record.py).
+Covers: reading what isn't committed yet from the journals, one batch in flight, what an acknowledgement and a fence
+mean. Leaves out: the stream it travels on (uplink.py), the transaction that commits it (ashd/coordinator/record.py).
 
 While one batch is being committed the next collects: the slower the database, the larger the batches.
 """

@@ -29,7 +29,8 @@ _MAX_ANSWER_BYTES = 1024 * 1024
 class SandboxTask:
     """A sandbox and its keeper's connection.
 
-    `recording` and `session` are None while nobody has claimed it. `closed` is set when the journal has its last record.
+    `recording` and `session` are None while nobody has claimed it. `closed` is set when the journal has its last
+    record.
     """
 
     def __init__(self, sandbox_id: str, folder: Path, uid: int | None, grew: Callable[[SandboxTask], None]) -> None:

@@ -35,11 +35,11 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
         try:
             sandbox = await self._supervisor.start_session(_claim_of(request))
         except AshdError as error:
-            _log.warning("session could not be started", session=request.session_id, code=error.code, error=error.message)
+            _log.warning(
+                "session could not be started", session=request.session_id, code=error.code, error=error.message
+            )
             await status.abort(context, error)
-        return runner_pb2.StartSessionResponse(
-            sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced
-        )
+        return runner_pb2.StartSessionResponse(sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced)
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context

@@ -1,9 +1,11 @@
 """The supervisor: decides about sandboxes, owns each one's task, and may die at any moment.
 
 Covers: spawning, warming, claiming, launching turns, ending, adopting after a restart, cleaning up.
-Leaves out: what the wire says (service.py), what goes up to coordinators (uplink.py), one keeper's conversation (sandbox_task.py).
+Leaves out: what the wire says (service.py), what goes up to coordinators (uplink.py), one keeper's conversation
+(sandbox_task.py).
 
-All it knows it can rebuild: from `<state_dir>/sandboxes/*/` and the keepers' sockets, and from what a coordinator answers to Register.
+All it knows it can rebuild: from `<state_dir>/sandboxes/*/` and the keepers' sockets, and from what a coordinator
+answers to Register.
 """
 
 from __future__ import annotations
@@ -118,9 +120,11 @@ class Supervisor:
 
     async def settle_open_turns(self, timeout_s: float) -> None:
         """Waits for open turns to end, at most so long."""
-        deadline = time.monotonic() + timeout_s
-        while any(sandbox.open_turn for sandbox in self.live()) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for sandbox in self.live():
+                    while sandbox.open_turn:
+                        await sandbox.grew.next_ring().wait()
 
     # ------------------------------------------------------------ looking
 

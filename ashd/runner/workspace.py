@@ -1,7 +1,7 @@
 """Bundles cached by digest, and the workspaces made from them.
 
-Covers: fetching a bundle once, checking it is what its digest says, laying it out as a session's workspace, removing folders.
-Leaves out: where bundles come from (uplink.py), what they mean (ashd/coordinator/bundles.py).
+Covers: fetching a bundle once, checking it is what its digest says, laying it out as a session's workspace, removing
+folders. Leaves out: where bundles come from (uplink.py), what they mean (ashd/coordinator/bundles.py).
 
 A session's workspace begins as a copy of its agent's folder, so a session goes on with the agent it began with.
 """
@@ -38,7 +38,9 @@ class BundleCache:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def folder_of(self, digest: str) -> Path:
-        """The unpacked bundle, fetched first where it isn't here yet. Raises Unavailable, NotFound, Fault (wrong content)."""
+        """The unpacked bundle, fetched first where it isn't here yet. Raises Unavailable, NotFound, Fault (wrong
+        content).
+        """
         target = self._folder / digest
         if target.is_dir():
             return target

@@ -79,7 +79,8 @@ class ZygoteProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
-            self._process = subprocess.Popen(
+            # WAITS: not: it returns once the exec is done, and asyncio's own way would start a thread for the waiting.
+            self._process = subprocess.Popen(  # noqa: ASYNC220
                 [sys.executable, "-m", "sandbox.zygote", str(theirs.fileno()), *PRELOADED],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -43,7 +43,9 @@ def bearer(secret: str) -> Metadata:
 
 
 def make_server(secret: str, *, shared_port: bool) -> aio.Server:
-    """A server that takes only calls with the secret, if there is one. `shared_port`: several processes listen on its port."""
+    """A server that takes only calls with the secret, if there is one. `shared_port`: several processes listen on its
+    port.
+    """
     interceptors: list[Any] = [_Gate(secret)] if secret else []
     options = [*_OPTIONS, ("grpc.so_reuseport", int(shared_port))]
     return aio.server(options=options, interceptors=interceptors)

@@ -1,7 +1,7 @@
 """The claude runtime: agents that are a CLAUDE.md.
 
-With `ASH_REAL_SDK=0` a mock answers, for tests and for trying out without a key. Without it, turns need the Claude Agent SDK, which
-this version does not run yet: the first turn says so.
+With `ASH_REAL_SDK=0` a mock answers, for tests and for trying out without a key. Without it, turns need the Claude
+Agent SDK, which this version does not run yet: the first turn says so.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any
 
 from sandbox.turns import AgentError, Message, Runtime, Session
 
-
 _NO_KEY = (
-    "This agent needs a key for the model and has none: set ANTHROPIC_API_KEY in the agent's env or the session's extraEnv, "
-    "or start the runner with ASH_REAL_SDK=0 for a mock."
+    "This agent needs a key for the model and has none: set ANTHROPIC_API_KEY in the agent's env or the session's "
+    "extraEnv, or start the runner with ASH_REAL_SDK=0 for a mock."
 )
 _NO_SDK = (
-    "This version of ashd does not run the Claude Agent SDK yet. Start the runner with ASH_REAL_SDK=0 for a mock, or bring "
-    "the agent's own loop as agent.py (runtime python) or as a program (runtime command)."
+    "This version of ashd does not run the Claude Agent SDK yet. Start the runner with ASH_REAL_SDK=0 for a mock, "
+    "or bring the agent's own loop as agent.py (runtime python) or as a program (runtime command)."
 )
 
 

@@ -1,7 +1,8 @@
 """The command runtime: an agent is any program that speaks JSON lines on its stdin and stdout (docs/agents.md).
 
-One process for the sandbox's life. In: {"type": "turn"}, {"type": "interrupt"}. Out: message objects, {"type": "delta", "text"},
-and {"type": "done"} or {"type": "done", "error"} to end the turn. Its stderr goes to the session's logs.
+One process for the sandbox's life. In: {"type": "turn"}, {"type": "interrupt"}. Out: message objects, {"type":
+"delta", "text"}, and {"type": "done"} or {"type": "done", "error"} to end the turn. Its stderr goes to the session's
+logs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _LAST_WORDS_S = 0.2
 class Program:
     """The agent's process, in a process group of its own.
 
-    Whether it is dead is asked of the kernel, because asyncio's `wait` also waits for whoever else holds its pipes open.
+    Whether it is dead is asked of the kernel, because asyncio's `wait` also waits for whoever else holds its pipes
+    open.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, max_line: int) -> None:
@@ -93,7 +95,9 @@ class Program:
         reading = asyncio.ensure_future(self._stdout.read(_READ_BYTES))
         try:
             await asyncio.wait([reading, self._dead], return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():  # dead; a child it left behind may hold the pipe open, so only what is in there counts
+            if (
+                not reading.done()
+            ):  # dead; a child it left behind may hold the pipe open, so only what is in there counts
                 await asyncio.wait([reading], timeout=_LAST_WORDS_S)
             return reading.result() if reading.done() else b""
         finally:
@@ -121,9 +125,7 @@ class CommandAgent:
     async def _start(self) -> Program:
         pipe = asyncio.subprocess.PIPE
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self._argv, stdin=pipe, stdout=pipe, start_new_session=True
-            )
+            process = await asyncio.create_subprocess_exec(*self._argv, stdin=pipe, stdout=pipe, start_new_session=True)
         except OSError as error:
             raise AgentError(f"{self._argv[0]} could not be started: {error.strerror}", "agent.not_started") from None
         keep_child(process.pid)
@@ -161,7 +163,9 @@ class CommandAgent:
         line = await program.next_line()
         if line is None:
             if await program.died(_LAST_WORDS_S):
-                raise AgentError(f"{self._argv[0]} exited with code {program.exit_code} during the turn", "agent.exited")
+                raise AgentError(
+                    f"{self._argv[0]} exited with code {program.exit_code} during the turn", "agent.exited"
+                )
             raise AgentError(f"{self._argv[0]} closed its stdout during the turn", "agent.exited")
         try:
             said = json.loads(line)

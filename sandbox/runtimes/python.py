@@ -1,7 +1,7 @@
 """The python runtime: an agent is a function in the workspace, `agent:turn` unless agent.yaml says otherwise.
 
-The function may be an async generator, a coroutine, a generator or a plain function (the last two run in a thread). It is imported
-once; its module's globals live as long as the sandbox.
+The function may be an async generator, a coroutine, a generator or a plain function (the last two run in a thread). It
+is imported once; its module's globals live as long as the sandbox.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class PythonAgent:
             raise AgentError(f"{module_name}.py could not be imported: {last}", "agent.import_failed") from None
         if not callable(function):
             raise AgentError(
-                f"{module_name}.py has no function {function_name or 'turn'}(message, session); define it, or name another as "
-                "`entry: module:function` in agent.yaml",
+                f"{module_name}.py has no function {function_name or 'turn'}(message, session); "
+                "define it, or name another as `entry: module:function` in agent.yaml",
                 "agent.no_entry",
             )
         self._function = function
@@ -68,8 +68,8 @@ class PythonAgent:
 async def _in_thread(call: Callable[[], Any]) -> AsyncGenerator[Any]:
     """What a function returns, or what the generator it returns yields, made in a thread of its own.
 
-    The thread waits while nobody takes what it made, and closes the generator when nobody will any more. One that never ends does
-    not keep the sandbox alive.
+    The thread waits while nobody takes what it made, and closes the generator when nobody will any more. One that
+    never ends does not keep the sandbox alive.
     """
     loop = asyncio.get_running_loop()
     made: asyncio.Queue[tuple[str, Any]] = asyncio.Queue(_QUEUE_LENGTH)

@@ -1,6 +1,8 @@
-"""A real fleet for tests: coordinators and runners as processes of their own, a real Postgres, clients that record what they saw.
+"""A real fleet for tests: coordinators and runners as processes of their own, a real Postgres, clients that record
+what they saw.
 
-Everything listens on loopback, lives below one temporary folder, and is gone afterwards; `Fleet.stop` says what was left behind.
+Everything listens on loopback, lives below one temporary folder, and is gone afterwards; `Fleet.stop` says what was
+left behind.
 """
 
 from __future__ import annotations
@@ -75,7 +77,14 @@ class Api:
         self.key = key
 
     def call(
-        self, method: str, path: str, body: Any = None, *, raw: bytes | None = None, timeout_s: float = 30.0, **headers: str
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        raw: bytes | None = None,
+        timeout_s: float = 30.0,
+        **headers: str,
     ) -> Answer:
         """One request and its whole answer; JSON where it is JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
@@ -116,9 +125,18 @@ class Api:
         found: dict[str, Any] = self.call("GET", f"/api/sessions/{session}").body["session"]
         return found
 
-    def send(self, session: str, content: Any, *, read: bool = True, headers: dict[str, str] | None = None, **options: Any) -> Stream:
+    def send(
+        self,
+        session: str,
+        content: Any,
+        *,
+        read: bool = True,
+        headers: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Stream:
         """A message; its stream, read to the end unless told otherwise."""
-        stream = Stream(self, "POST", f"/api/sessions/{session}/messages", {"content": content, **options}, headers or {})
+        body = {"content": content, **options}
+        stream = Stream(self, "POST", f"/api/sessions/{session}/messages", body, headers or {})
         return stream.read_all() if read else stream
 
     def attach(self, session: str, after: str | None = None, **headers: str) -> Stream:
@@ -336,18 +354,15 @@ class Fleet:
             "HOME": str(self.folder),
             "ASH_INTERNAL_SECRET": SECRET,
             "ASH_LOG_FORMAT": "console",
-            "PYTHONPATH": os.pathsep.join(sys.path[:1] + [os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([*sys.path[:1], os.environ.get("PYTHONPATH", "")]),
             **variables,
         }
         return Part(name, arguments, environment, self.folder / f"{name}.log")
 
     def keepers(self) -> list[psutil.Process]:
         """Keepers of this fleet's runners, live ones."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "cwd"]):
-            if str(process.info["cwd"] or "").startswith(str(self.folder)):
-                found.append(process)
-        return found
+        processes = psutil.process_iter(["cmdline", "cwd"])
+        return [one for one in processes if str(one.info["cwd"] or "").startswith(str(self.folder))]
 
     def keeper_of(self, session: str) -> psutil.Process:
         for process in psutil.process_iter(["cmdline"]):

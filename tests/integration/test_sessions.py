@@ -63,7 +63,8 @@ def test_messages_are_announced_by_granular_frames_and_saved_with_their_timeline
     api.deploy("tools", agents.TOOLS)
     session = api.session("tools")
     stream = api.send(session, "go")
-    shown = [(frame.event, frame.data) for frame in stream.frames if frame.event not in ("session_start", "message", "done")]
+    plain = ("session_start", "message", "done")
+    shown = [(frame.event, frame.data) for frame in stream.frames if frame.event not in plain]
     assert shown == [
         ("thinking_delta", {"delta": "hm"}),
         ("tool_use", {"id": "t1", "name": "Bash", "input": {"command": "ls"}}),
@@ -185,7 +186,7 @@ def test_an_agent_over_its_memory_limit_ends_as_oom(api: Api, shared: Fleet) -> 
 
 def test_utf8_of_every_width_arrives_whole(api: Api) -> None:
     api.deploy("unicode", agents.UNICODE)
-    text = "aé€😀\u2028\x01\"\\" * 3
+    text = 'aé€😀\u2028\x01"\\' * 3
     stream = api.send(api.session("unicode"), text, includePartialMessages=True)
     assert stream.text == text
     assert stream.named("turn_complete")[0].data["result"] == text
@@ -366,6 +367,7 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(api: Api) -> None:
     api.deploy("hello", agents.HELLO)
     session = api.session("hello")
     path = f"/api/sessions/{session}/messages"
+    unknown = f"/api/sessions/{uuid.uuid4()}/messages"
     refusals: list[tuple[Callable[[], object], int, str]] = [
         (lambda: api.call("POST", path, {}), 400, "content"),
         (lambda: api.call("POST", path, {"content": 5}), 400, "content"),
@@ -374,12 +376,12 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(api: Api) -> None:
         (lambda: api.call("POST", path, raw=b"{", Content_Type="application/json"), 400, "JSON"),
         (lambda: api.call("POST", path, raw=b"x", Content_Type="text/plain"), 415, "application/json"),
         (lambda: api.call("POST", "/api/sessions/not-a-uuid/messages", {"content": "x"}), 400, "uuid"),
-        (lambda: api.call("POST", f"/api/sessions/{uuid.uuid4()}/messages", {"content": "x"}), 404, "Session not found"),
+        (lambda: api.call("POST", unknown, {"content": "x"}), 404, "Session not found"),
         (lambda: api.call("POST", "/api/sessions", {"agent": "nobody"}), 404, 'Agent "nobody" not found'),
         (lambda: api.call("GET", "/api/nothing"), 404, ""),
         (lambda: api.call("PATCH", "/health"), 405, ""),
         (lambda: api.call("GET", "/api/agents", Authorization="Bearer wrong"), 401, "Invalid API key"),
-        (lambda: api.call("GET", "/api/agents", Authorization="nothing"), 401, "Invalid Authorization header format"),
+        (lambda: api.call("GET", "/api/agents", Authorization="x"), 401, "Invalid Authorization header format"),
     ]
     for request, status, text in refusals:
         answer = request()

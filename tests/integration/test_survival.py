@@ -1,4 +1,6 @@
-"""The first three promises under misfortune: processes of every kind are killed in mid-turn, and nothing is lost, doubled or run twice."""
+"""The first three promises under misfortune: processes of every kind are killed in mid-turn, and nothing is lost,
+doubled or run twice.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def start_slow_turn(api: Api) -> tuple[str, Stream]:
 
 def assert_whole(api: Api, session: str, frames: list[Stream]) -> None:
     """All the streams together are one: every piece and block once and in order, numbers dense, one turn, completed."""
-    seen = [frame for stream in frames for frame in stream.frames if frame.event not in ("session_start", "user_message")]
+    others = ("session_start", "user_message")
+    seen = [frame for stream in frames for frame in stream.frames if frame.event not in others]
     assert [frame.data["delta"] for frame in seen if frame.event == "text_delta"] == PIECES
     places = [frame.place for frame in seen]
     assert places == sorted(set(places))
@@ -160,7 +163,9 @@ def test_while_the_database_is_away_no_turn_is_called_done(fleet: Fleet, postgre
 
 
 def test_a_turn_accepted_by_a_coordinator_that_died_is_launched_once(fleet: Fleet) -> None:
-    """The runner's supervisor is stopped while the message is accepted, so that nobody can launch it; then its coordinator is killed."""
+    """The runner's supervisor is stopped while the message is accepted, so that nobody can launch it; then its
+    coordinator is killed.
+    """
     first, second = fleet.add_coordinator(), fleet.add_coordinator(config="sweep_interval: 1s")
     runner = fleet.add_runner()
     first.deploy("counter", agents.COUNTER)
