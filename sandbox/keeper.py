@@ -465,6 +465,7 @@ class Keeper:
                 self._ledger.settle(outcome)
             self._ledger.close(cause)
             self._write_last_words(self._ledger.writer)
+            self._tell({"grew": self._ledger.writer.last.seq, "open_turn": self._ledger.turn})
         self._loaded({"error": f"the sandbox ended while the agent was loaded: {outcome.error}", "code": outcome.code})
         self._tell({"closed": cause})
 

@@ -48,6 +48,8 @@ def admitted(req: Request) -> None:
 async def _of_ashd(req: Request, resp: Response, error: AshdError, params: dict[str, Any]) -> None:
     if isinstance(error, Rejected):
         status = error.status
+        if hasattr(req.context, "admitted"):
+            req.context.admitted = "no"  # whatever was begun has been given up
     elif isinstance(error, Unavailable):
         status = 503
         resp.set_header("Retry-After", str(max(1, math.ceil(error.retry_after_s))))

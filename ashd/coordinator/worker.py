@@ -10,15 +10,39 @@ import logging
 import socket
 from typing import Any
 
+from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.glogging import Logger
-from gunicorn.workers.gasgi import ASGIWorker
+from gunicorn.workers import gasgi
 from setproctitle import setproctitle
 
 
-class CoordinatorWorker(ASGIWorker):  # type: ignore[misc]
+class Connection(ASGIProtocol):  # type: ignore[misc]
+    """A client's connection that its worker knows while it is idle: between two requests, kept alive."""
+
+    def _arm_keepalive_timer(self) -> None:
+        super()._arm_keepalive_timer()
+        self.worker.idle.add(self)
+
+    def _cancel_keepalive_timer(self) -> None:
+        super()._cancel_keepalive_timer()
+        self.worker.idle.discard(self)
+
+    def close_idle(self) -> None:
+        """As if its time were over."""
+        self._keepalive_timeout()
+
+
+gasgi.ASGIProtocol = Connection  # the worker makes its connections of this name
+
+
+class CoordinatorWorker(gasgi.ASGIWorker):  # type: ignore[misc]
     """One coordinator worker. Its application is a `lifespan.Coordinator`."""
 
     _tuned = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.idle: set[Connection] = set()
 
     def init_process(self) -> None:
         setproctitle("ashd: coordinator worker")
@@ -41,11 +65,13 @@ class CoordinatorWorker(ASGIWorker):  # type: ignore[misc]
             listener.sock.listen(self.cfg.backlog)
 
     def handle_exit_signal(self) -> None:
-        """SIGTERM: streams end now, each with a valid cursor; otherwise they would be waited for, then cut by the
-        master.
+        """SIGTERM: streams end now, each with a valid cursor, and idle connections close; otherwise both would be
+        waited for.
         """
         self.asgi.stop_streams()
         super().handle_exit_signal()
+        for connection in list(self.idle):
+            connection.close_idle()
 
 
 class CoordinatorLog(Logger):  # type: ignore[misc]

@@ -382,14 +382,23 @@ class Supervisor:
 
     async def _tend(self, sandbox: SandboxTask) -> None:
         """Listens to a keeper as long as it lives, then brings its sandbox to its end."""
-        while True:
+        await sandbox.listen()
+        while await self._reconnected(sandbox):
             await sandbox.listen()
-            if sandbox.keeper_is_dead():
-                break
-            await asyncio.sleep(_RECONNECT_PAUSE_S)
-            with contextlib.suppress(SandboxFailed):
-                await sandbox.connect(self._config.kill_timeout)
         await self._lay_to_rest(sandbox)
+
+    async def _reconnected(self, sandbox: SandboxTask) -> bool:
+        """Whether a keeper that hung up can be talked to again; if not, it is dead afterwards."""
+        deadline = time.monotonic() + self._config.kill_timeout
+        while not sandbox.keeper_is_dead():
+            if time.monotonic() > deadline:
+                sandbox.log.error("keeper hung up and does not answer, killing it")
+                _kill(sandbox.keeper_pid)
+            with contextlib.suppress(SandboxFailed):
+                await sandbox.connect(_RECONNECT_PAUSE_S)
+                return True
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+        return False
 
     async def _lay_to_rest(self, sandbox: SandboxTask) -> None:
         """The keeper is dead: nothing of it runs on, everything it journaled is saved, then its folder goes."""

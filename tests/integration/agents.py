@@ -21,8 +21,8 @@ async def turn(message, session):
         await asyncio.sleep(0.05)
         yield f"{i} "
         if i % 10 == 9:
-            yield {"type": "assistant", "message": {"role": "assistant", "content": [{"type": "text", "text": f"block
-            {i}"}]}}
+            block = {"type": "text", "text": f"block {i}"}
+            yield {"type": "assistant", "message": {"role": "assistant", "content": [block]}}
 """
 }
 
