@@ -36,7 +36,11 @@ def _named_codes(tree: ast.AST) -> Iterator[str]:
         if keyword or assigned:
             value = node.value  # type: ignore[attr-defined]
             branches = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
-            yield from (part.value for part in branches if isinstance(part, ast.Constant) and part.value)
+            yield from (
+                part.value
+                for part in branches
+                if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value
+            )
 
 
 def _codes_in_source() -> dict[str, Path]:
