@@ -166,12 +166,12 @@ class Bridge:
         return 0
 
     async def _start_up(self) -> None:
-        """startup.sh of the agent's folder, where there is one."""
-        if not self._startup:
-            return
-        process = await asyncio.create_subprocess_exec("/bin/sh", "./startup.sh")
-        if code := await process.wait():
-            raise AgentError(f"startup.sh ended with code {code}; the session's logs hold its output", "agent.startup")
+        """The scripts of the agent's folder that are to run before its first turn."""
+        for script in self._startup:
+            process = await asyncio.create_subprocess_exec("/bin/sh", f"./{script}")
+            if code := await process.wait():
+                why = f"{script} ended with code {code}; the session's logs hold its output"
+                raise AgentError(why, "agent.startup")
 
     async def _commands(self) -> AsyncGenerator[dict[str, Any]]:
         lines = LineReader(MAX_COMMAND_BYTES)

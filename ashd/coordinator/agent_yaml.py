@@ -21,6 +21,8 @@ MAX_BYTES = 64 * 1024
 RUNTIMES = ("claude", "python", "command", "echo")
 NETWORKS = ("none", "host")
 LIMITS = ("memoryMb", "cpuPercent", "diskMb", "maxProcesses")
+ENFORCED_LIMITS = ("memoryMb", "maxProcesses")
+"""SECURITY: what can't be enforced yet is refused, so that nobody relies on it."""
 
 _PYTHON_ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -166,9 +168,17 @@ def _limits(value: Any) -> dict[str, int]:
     if not isinstance(value, dict) or not set(value) <= set(LIMITS):
         raise ValueError(f"must be a mapping of {', '.join(LIMITS)}")
     for name, number in value.items():
+        if name not in ENFORCED_LIMITS:
+            raise ValueError(f"has {name}, which this version does not enforce yet; leave it out")
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST_LIMIT:
             raise ValueError(f"has {name} that is not a whole number from 1 to {_MOST_LIMIT}")
     return value
+
+
+def _network(value: Any) -> str:
+    if _one_of(NETWORKS)(value) == "none":
+        raise ValueError("can't be none yet: this version does not isolate the network; leave it out")
+    return "host"
 
 
 def _milliseconds(value: Any) -> int:
@@ -184,7 +194,7 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "runtime": _one_of(RUNTIMES),
     "entry": _texts,
     "limits": _limits,
-    "network": _one_of(NETWORKS),
+    "network": _network,
     "preload": _modules,
     "env": _env,
     "idle_timeout": _milliseconds,

@@ -10,7 +10,7 @@ from typing import Any
 from falcon.asgi import Request, Response
 
 from ashd.coordinator import problems, shapes
-from ashd.coordinator.agent_yaml import LIMITS
+from ashd.coordinator.agent_yaml import ENFORCED_LIMITS, LIMITS
 from ashd.coordinator.auth import tenant_of
 from ashd.coordinator.request import (
     Fields,
@@ -156,6 +156,9 @@ def _mcp_servers(body: Fields) -> dict[str, Any] | None:
 def _limits(body: Fields) -> dict[str, int]:
     fields = Fields(body.mapping("limits") or {}, "limits.")
     limits = {name: fields.integer(name, 1, _MOST_LIMIT) for name in LIMITS}
+    for name, value in limits.items():
+        if value is not None and name not in ENFORCED_LIMITS:
+            fields.refuse(name, "is not enforced by this version yet; leave it out")
     return {name: value for name, value in limits.items() if value is not None}
 
 

@@ -334,7 +334,7 @@ class Supervisor:
                 "env": claim.env,
                 "settings": claim.settings,
                 "path": f"{sys.base_prefix}/bin:{_SAFE_PATH}",
-                "startup": (sandbox.workspace / "startup.sh").is_file(),
+                "startup": [name for name in _SCRIPTS if (sandbox.workspace / name).is_file()],
                 "max_frame": self._config.journal.max_frame,
                 "timing": self._config.debug_timing,
                 "real_sdk": self._config.real_sdk,
@@ -514,6 +514,9 @@ class Supervisor:
         work = self._guarded(sandbox, self._lay_to_rest(sandbox))
         self._tasks.create_task(work, name=f"sandbox {sandbox.id}")
 
+
+_SCRIPTS = ("install.sh", "startup.sh")
+"""Of the agent's folder, run in each fresh sandbox before its first turn, in this order."""
 
 _WITHOUT = {
     "cgroup-memory": "the memory limit holds for each process, not for a sandbox",

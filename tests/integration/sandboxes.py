@@ -227,7 +227,7 @@ class Sandbox:
             "env": {},
             "settings": {},
             "path": f"{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin",
-            "startup": "startup.sh" in files,
+            "startup": [name for name in ("install.sh", "startup.sh") if name in files],
             "max_frame": BOUNDS["max_frame"],
             "timing": False,
             "real_sdk": True,

@@ -225,7 +225,7 @@ def test_every_key_is_understood() -> None:
 runtime: command
 entry: ["./agent", "--fast"]
 limits: {memoryMb: 512, maxProcesses: 32}
-network: none
+network: host
 preload: [pandas, numpy.linalg]
 env: {LEVEL: "1"}
 idle_timeout: 5m
@@ -236,7 +236,7 @@ turn_timeout: 90
         "runtime": "command",
         "entry": ["./agent", "--fast"],
         "limits": {"memoryMb": 512, "maxProcesses": 32},
-        "network": "none",
+        "network": "host",
         "preload": ["pandas", "numpy.linalg"],
         "env": {"LEVEL": "1"},
         "idleTimeoutMs": 300_000,
@@ -257,6 +257,9 @@ turn_timeout: 90
         ("env: {A: 1}", "put it in quotes"),
         ("env: {'A-B': x}", "names match"),
         ("network: some", "network must be one of"),
+        ("network: none", "network can't be none yet"),
+        ("limits: {cpuPercent: 50}", "does not enforce"),
+        ("limits: {diskMb: 50}", "does not enforce"),
         ("runtime: command", "needs entry"),
         ("runtime: python\nentry: 'rm -rf'", "module:function"),
         ("runtime: python\nentry: 'main:run'", "no main.py"),
