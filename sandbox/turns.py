@@ -201,7 +201,6 @@ class Bridge:
                     await answer.add(item)
             await answer.finish()
         except asyncio.CancelledError:
-            await answer.flush()
             if not session.interrupted.is_set():
                 end |= {"error": "the agent cancelled its own turn", "code": "agent.failed"}
         except AgentError as error:
@@ -209,6 +208,7 @@ class Bridge:
         except (Exception, SystemExit) as error:  # the door between an agent's code and ours
             traceback.print_exc()
             end |= {"error": _last_line(error)[:_MAX_ERROR], "code": "agent.failed"}
+        await answer.flush()  # what was said before it failed was said
         session.history.append({"role": "user", "content": message.content})
         session.history += answer.history
         self._turn = None

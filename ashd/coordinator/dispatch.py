@@ -22,7 +22,7 @@ from ashd.coordinator.background import Background
 from ashd.coordinator.fleet import Fleet
 from ashd.coordinator.follow import Call, first_answer
 from ashd.domain.restart import Backoff
-from ashd.errors import AshdError, Conflict, NotFound, Rejected, Unavailable
+from ashd.errors import AshdError, Conflict, Fault, NotFound, Rejected, Unavailable
 from ashd.store import sessions, turns
 from ashd.store.pool import Database
 from ashd.wire.status import NOT_HERE, STALE, error_of
@@ -79,6 +79,9 @@ class Dispatcher:
                 refused.append(session.runner_id or "")
                 _log.info("runner can't take a session", session=session.id, runner=session.runner_id, code=error.code)
                 session = await self._move(session, refused)
+            except Fault as fault:
+                await sessions.fail_start(self._db, session.id, session.epoch, fault.message)
+                raise
             except AshdError as error:
                 await sessions.fail_start(self._db, session.id, session.epoch, error.message)
                 raise Rejected(f"The agent could not be started: {error.message}", code=error.code) from None

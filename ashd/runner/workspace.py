@@ -82,11 +82,40 @@ def _unpack(archive: Path, target: Path, digest: str) -> None:
     with gzip.open(archive) as plain:
         hashing = _Hashing(plain)
         with tarfile.open(fileobj=hashing, mode="r|") as tar:  # type: ignore[call-overload]
-            tar.extractall(target, filter="data")
+            for member in tar:
+                _lay_down(tar, member, target)
         while hashing.read(1 << 20):
             pass
     if hashing.sha256.hexdigest() != digest.removeprefix("sha256:"):
         raise Fault(f"bundle {digest} came with other content than its digest says", code="bundle.corrupt")
+
+
+def _lay_down(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """One member of a canonical archive: folders, files and links inside it, and nothing else.
+
+    SECURITY: the coordinator let in only what stays inside; looked at again, because this runs with our rights. (TarFile's
+    own filters came with Python 3.11.4; Debian 12 has 3.11.2.)
+    """
+    parts = Path(member.name).parts
+    if Path(member.name).is_absolute() or ".." in parts:
+        raise Fault(f"bundle member {member.name} leaves its folder", code="bundle.corrupt")
+    path = target / member.name
+    if any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(target)):
+        raise Fault(f"bundle member {member.name} goes through a link", code="bundle.corrupt")
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+    elif member.issym():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(member.linkname)
+    elif member.isfile():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = tar.extractfile(member)
+        assert source is not None
+        with path.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        path.chmod(0o755 if member.mode & 0o100 else 0o644)
+    else:
+        raise Fault(f"bundle member {member.name} is neither file, folder nor link", code="bundle.corrupt")
 
 
 def lay_out(bundle: Path, workspace: Path, uid: int | None) -> None:
