@@ -43,6 +43,8 @@ SWITCH_INTERVAL_S = 0.0005
 
 OK, FAILED, UNUSABLE = 0, 1, 3
 
+_NOT_SHOWN = ("--api-key", "--label", "--note", "--machine", "--commit")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -443,15 +445,16 @@ def commit() -> str:
 
 
 def shown_command(argv: Sequence[str]) -> str:
-    """The command line without the key."""
-    shown, hide = [], False
-    for argument in argv:
-        if hide:
-            argument = "…"
-        elif argument.startswith("--api-key="):
-            argument = "--api-key=…"
-        hide = argument == "--api-key"
-        shown.append(argument if "…" in argument else shlex.quote(argument))
+    """The command line without the key, and without what only describes the measurement."""
+    shown: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name in _NOT_SHOWN:
+            if not equals:
+                next(rest, None)
+        else:
+            shown.append(shlex.quote(argument))
     return " ".join(["python loadtest/roundtrip.py", *shown])
 
 

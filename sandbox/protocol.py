@@ -75,7 +75,6 @@ def encode_line(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-
 def _reject_constant(name: str) -> Any:
     raise Malformed(f"{name} is not JSON")
 
@@ -133,7 +132,7 @@ def _values_exceed(raw: bytes, limit: int) -> bool:
 
 
 def _count_marks(raw: bytes) -> int:
-    """How many values the brackets, commas and colons of a JSON text without strings announce; with strings, at most as many."""
+    """As many values as a JSON text can hold; brackets, commas and colons inside of strings are counted along."""
     return sum(raw.count(mark) for mark in (b",", b":", b"[", b"{"))
 
 

@@ -15,13 +15,13 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
+import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import IO
 
 from ashd import log
-from ashd.errors import Fault
+from ashd.errors import Fault, SandboxFailed
 
 _log = log.get(__name__)
 
@@ -51,14 +51,17 @@ class BundleCache:
         return target
 
     async def _bring(self, digest: str, target: Path) -> None:
-        staging = Path(tempfile.mkdtemp(prefix=".new-", dir=self._folder))
+        staging = self._folder / f".new-{uuid.uuid4()}"
         try:
+            staging.mkdir()
             archive = staging / "bundle.tar.gz"
             with archive.open("wb") as file:
                 async for chunk in self._fetch(digest):
                     file.write(chunk)
             await asyncio.to_thread(_unpack, archive, staging / "content", digest)
             (staging / "content").rename(target)
+        except OSError as error:
+            raise SandboxFailed(f"the agent's files could not be stored: {error}", code="bundle.not_stored") from error
         finally:
             await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
         _log.info("bundle fetched", digest=digest)

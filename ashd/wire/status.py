@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import grpc
 
-from ashd.errors import AshdError, Conflict, Fault, NotFound, Rejected, Unavailable
+from ashd.errors import AshdError, Conflict, Fault, NotFound, Rejected, SandboxFailed, Unavailable
 
 _CODE = "ashd-code"
 
@@ -31,7 +31,7 @@ def status_of(error: AshdError) -> grpc.StatusCode:
             return grpc.StatusCode.ABORTED
         case Rejected():
             return grpc.StatusCode.FAILED_PRECONDITION
-        case Unavailable():
+        case Unavailable() | SandboxFailed():  # this runner can't; another may
             return grpc.StatusCode.UNAVAILABLE
     return grpc.StatusCode.INTERNAL
 
@@ -57,7 +57,9 @@ def error_of(failed: grpc.aio.AioRpcError, what: str) -> AshdError:
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Unavailable(details, code=code or FULL)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
-            return Unavailable(f"{what} does not answer: {details}", code=code or "peer.unavailable")
+            if code is not None:  # it has answered: it can't
+                return Unavailable(details, code=code)
+            return Unavailable(f"{what} does not answer: {details}", code="peer.unavailable")
         case grpc.StatusCode.UNAUTHENTICATED:
             return Fault(f"{what} refused our internal secret: ASH_INTERNAL_SECRET differs", code="secret.mismatch")
     return Fault(f"{what} failed: {details}", code=code)

@@ -22,6 +22,8 @@ from sandbox.turns import AgentError, Message, Runtime, Session, keep_child
 _READ_BYTES = 1 << 18
 _END_GRACE_S = 2.0
 _LAST_WORDS_S = 0.2
+_COLLECT_ROUNDS = 100
+_COLLECT_PAUSE_S = 0.01
 
 
 class Program:
@@ -65,10 +67,13 @@ class Program:
         await asyncio.wait([self._dead], timeout=within_s)
         return self.is_dead
 
-    @property
-    def exit_code(self) -> str:
-        """For people; asyncio may learn of it a moment after the kernel has told us of the end."""
-        return "?" if self._process.returncode is None else str(self._process.returncode)
+    async def exit_code(self) -> int | None:
+        """Of a dead program. asyncio, which collects it in a thread, knows a moment later than we do of its death."""
+        for _ in range(_COLLECT_ROUNDS):
+            if self._process.returncode is not None:
+                break
+            await asyncio.sleep(_COLLECT_PAUSE_S)
+        return self._process.returncode
 
     async def tell(self, line: dict[str, Any]) -> None:
         """Writes one line. WAITS: until the program takes it."""
@@ -164,7 +169,7 @@ class CommandAgent:
         if line is None:
             if await program.died(_LAST_WORDS_S):
                 raise AgentError(
-                    f"{self._argv[0]} exited with code {program.exit_code} during the turn", "agent.exited"
+                    f"{self._argv[0]} exited with code {await program.exit_code()} during the turn", "agent.exited"
                 )
             raise AgentError(f"{self._argv[0]} closed its stdout during the turn", "agent.exited")
         try:

@@ -1,7 +1,7 @@
 """Real zygotes, keepers and jails for tests, and the supervisor's side of the conversation with them.
 
-A test asks a `Host` for sandboxes and talks to their keepers as a supervisor would. When the host is left, it ends them all and
-counts: no process, cgroup, folder or descriptor may be left over.
+A test asks a `Host` for sandboxes and talks to their keepers as a supervisor would. When the host is left, it ends them
+all and counts: no process, cgroup, folder or descriptor may be left over.
 """
 
 from __future__ import annotations
