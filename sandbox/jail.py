@@ -161,8 +161,13 @@ def probe() -> dict[str, bool]:
     """What this host lets us do, found by doing it in a throw-away child."""
     return {
         "namespaces": _try_in_child(_try_namespaces),
-        "uid": _try_in_child(lambda: os.setresuid(65534, 65534, 65534)),
+        "uid": _try_in_child(_try_another_user),
     }
+
+
+def _try_another_user() -> None:
+    another = os.getuid() + 1
+    os.setresuid(another, another, another)
 
 
 def _try_namespaces() -> None:

@@ -39,6 +39,14 @@ class Position(NamedTuple):
     part: int
 
 
+class Place(NamedTuple):
+    """Where a reader stands: behind the record at `after`, at `offset` of the segment that begins at `segment`."""
+
+    after: Position
+    segment: Position
+    offset: int
+
+
 class Corrupt(Exception):
     """A record that can't be what the writer wrote."""
 
@@ -227,17 +235,27 @@ class Reader:
     on at the oldest record left: `starts_after` tells.
     """
 
-    def __init__(self, folder: Path, after: Position) -> None:
+    def __init__(self, folder: Path, after: Position, near: Place | None = None) -> None:
+        """`near` is where another reader of this journal stood: where it helps, the search begins there."""
         self._folder = folder
         self._after = after
+        self._last_names: list[str] = []  # when this segment was the last
         while True:
             segments = _segments(folder)
             if not segments:
                 raise Corrupt(f"no journal in {folder}")
             earlier = [entry for entry in segments if entry[0] <= after]
             self.starts_after = segments[0][0]
-            if self._open(*(earlier[-1] if earlier else segments[0])):
+            position, path = earlier[-1] if earlier else segments[0]
+            if self._open(position, path):
                 break
+        if near is not None and near.segment == position and near.after <= after:
+            self._offset = near.offset
+
+    @property
+    def place(self) -> Place:
+        """Where this reader stands."""
+        return Place(self._after, self._segment, self._offset)
 
     def _open(self, position: Position, path: Path) -> bool:
         """RACE: False if the writer has trimmed the segment since we saw its name; a look at the names shows a newer
@@ -288,10 +306,15 @@ class Reader:
         return records
 
     def _following_segment(self) -> tuple[Position, Path] | None:
+        names = os.listdir(self._folder)
+        if names == self._last_names:  # PERF: asked each time a reader has caught up, and mostly nothing is new
+            return None
         segments = _segments(self._folder)
         if segments:
             self.starts_after = segments[0][0]
-        return next((entry for entry in segments if entry[0] > self._segment), None)
+        following = next((entry for entry in segments if entry[0] > self._segment), None)
+        self._last_names = names if following is None else []
+        return following
 
     def close(self) -> None:
         os.close(self._fd)

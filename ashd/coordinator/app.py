@@ -10,7 +10,7 @@ from typing import Any
 from falcon.asgi import App, Request, Response
 
 from ashd import log
-from ashd.coordinator import agents, internal, messages, problems, service, sessions
+from ashd.coordinator import agents, internal, messages, metrics, problems, service, sessions
 from ashd.coordinator.auth import Authentication
 from ashd.coordinator.services import Services
 
@@ -66,7 +66,7 @@ def _routes(services: Services) -> list[tuple[str, object]]:
 
 
 class RequestId:
-    """Takes or mints X-Request-Id, echoes it, and logs each request with it."""
+    """Takes or mints X-Request-Id, echoes it, logs each request with it, and measures it."""
 
     async def process_request(self, req: Request, resp: Response) -> None:
         """Give the request its id."""
@@ -76,14 +76,16 @@ class RequestId:
         resp.set_header("X-Request-Id", req.context.request_id)
 
     async def process_response(self, req: Request, resp: Response, resource: object, req_succeeded: bool) -> None:
-        """Log it; of a stream, this is its beginning."""
+        """Log and measure it; of a stream, this is its beginning."""
+        took_s = time.monotonic() - req.context.begun
+        metrics.answered(req.method, req.uri_template, resp.status_code, took_s)
         _log.debug(
             "request answered",
             request=problems.request_id(req),
             method=req.method,
             route=req.uri_template,
             status=resp.status_code,
-            took_ms=round((time.monotonic() - req.context.begun) * 1000, 1),
+            took_ms=round(took_s * 1000, 1),
         )
 
 

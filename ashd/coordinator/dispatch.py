@@ -18,6 +18,7 @@ from grpc import aio
 
 from ashd import log
 from ashd.config.schema import CoordinatorConfig
+from ashd.coordinator import metrics
 from ashd.coordinator.background import Background
 from ashd.coordinator.fleet import Fleet
 from ashd.coordinator.follow import Call, first_answer
@@ -124,6 +125,7 @@ class Dispatcher:
                 request, metadata=self._fleet.metadata, timeout=self._config.create_timeout
             )
         except aio.AioRpcError as failed:
+            metrics.runner_failed("StartSession", failed.code())
             raise error_of(failed, f"runner {session.runner_id}") from None
         return response
 
@@ -138,6 +140,7 @@ class Dispatcher:
             runner = self._fleet.runner(address)
             await runner.EndSession(request, metadata=self._fleet.metadata, timeout=_END_TIMEOUT_S)
         except aio.AioRpcError as failed:
+            metrics.runner_failed("EndSession", failed.code())
             _log.info("runner was not told of a session's end", session=session, error=failed.details())
 
     # ------------------------------------------------------------ turns
@@ -171,7 +174,7 @@ class Dispatcher:
             timeout_ms=launch.timeout_ms,
         )
         call: Call = self._fleet.runner(launch.runner_address).StartTurn(request, metadata=self._fleet.metadata)
-        await first_answer(call, "the runner")
+        await first_answer(call, "StartTurn")
         return call
 
     async def _give_up(self, launch: Launch, why: AshdError) -> None:

@@ -19,11 +19,12 @@ import grpc
 from grpc import aio
 
 from ashd import log
+from ashd.coordinator import metrics
 from ashd.coordinator.fleet import Fleet, is_live
 from ashd.coordinator.frames import Shown, from_store, from_wire
 from ashd.coordinator.watch import Watch
 from ashd.domain.restart import Backoff
-from ashd.errors import AshdError, Unavailable
+from ashd.errors import Unavailable
 from ashd.store import events, sessions
 from ashd.store.pool import Database
 from ashd.wire.status import error_of
@@ -33,6 +34,7 @@ _log = log.get(__name__)
 
 _PAGE = 500
 _RUNNER_PATIENCE_S = 5.0
+_CALLEE = "the runner"
 
 Call = aio.UnaryStreamCall[Any, events_pb2.EventBatch]
 
@@ -97,6 +99,7 @@ class Follower:
         )
         runner = self._fleet.runner(location.runner_address)
         call: Call = runner.StreamEvents(request, metadata=self._fleet.metadata)
+        metrics.RUNNER_RECONNECTS.inc()
         return call
 
     async def _from_runner(self, call: Call) -> AsyncIterator[list[Shown]]:
@@ -112,7 +115,9 @@ class Follower:
                 self._move(fresh)
                 yield [from_wire(event, self.epoch) for event in fresh]
         except aio.AioRpcError as failed:
-            error = error_of(failed, "the runner")
+            # A turn's own stream (StartTurn) is of the same kind, and counts here when it breaks later.
+            metrics.runner_failed("StreamEvents", failed.code())
+            error = error_of(failed, _CALLEE)
             if failed.code() is not grpc.StatusCode.UNAVAILABLE:
                 _log.info("runner ended a stream", session=self._session, code=error.code, error=error.message)
             await asyncio.sleep(self._backoff.next_s(random.random()))
@@ -157,16 +162,13 @@ class Follower:
                 await asyncio.sleep(self._backoff.next_s(random.random()))
 
 
-async def first_answer(call: Call, what: str) -> events_pb2.EventBatch:
-    """The first batch of a stream just opened, which comes at once. Raises what the callee answered instead."""
+async def first_answer(call: Call, method: str) -> events_pb2.EventBatch:
+    """The first batch of a stream just opened, which comes at once. Raises what the runner answered instead."""
     try:
         batch = await call.read()
     except aio.AioRpcError as failed:
-        raise error_of(failed, what) from None
+        metrics.runner_failed(method, failed.code())
+        raise error_of(failed, _CALLEE) from None
     if not isinstance(batch, events_pb2.EventBatch):
-        raise _ended(call, what)
+        raise Unavailable(f"{_CALLEE} ended the stream at once", code="peer.unavailable")
     return batch
-
-
-def _ended(call: Call, what: str) -> AshdError:
-    return Unavailable(f"{what} ended the stream at once", code="peer.unavailable")

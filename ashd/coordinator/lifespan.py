@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from ashd import log
 from ashd.config.schema import CoordinatorConfig
+from ashd.coordinator import metrics
 from ashd.coordinator.app import build_app
 from ashd.coordinator.auth import ensure_initial_key
 from ashd.coordinator.background import Background
@@ -129,6 +130,7 @@ class Coordinator:
             tasks.create_task(watch.run(), name="watch sessions"),
             tasks.create_task(sweep.run(), name="sweep"),
             tasks.create_task(announce(db, coordinator_id, address), name="announce"),
+            tasks.create_task(metrics.keep_sampled(services), name="sample metrics"),
         ]
 
 

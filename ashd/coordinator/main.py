@@ -12,6 +12,7 @@ from setproctitle import setproctitle
 
 from ashd import log
 from ashd.config.schema import CoordinatorConfig
+from ashd.coordinator.slots import Slots
 from ashd.domain.restart import Backoff
 from ashd.errors import AshdError, Unavailable
 from ashd.store.migrate import migrate
@@ -79,6 +80,12 @@ class Gunicorn(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         config = self._config
+        slots = Slots(config.data_dir, config.port)
+
+        def before_fork(arbiter: Any, worker: Any) -> None:
+            setproctitle("ashd: coordinator master")  # the first hook after gunicorn has given it a title of its own
+            slots.pre_fork(arbiter, worker)
+
         settings: dict[str, Any] = {
             "bind": f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}",
             "workers": config.workers,
@@ -91,8 +98,11 @@ class Gunicorn(BaseApplication):  # type: ignore[misc]
             "asgi_lifespan": "on",
             "control_socket_disable": True,
             "ashd_send_buffer": config.send_buffer,
-            # The first hook after gunicorn has given the master a title of its own.
-            "pre_fork": lambda _master, _worker: setproctitle("ashd: coordinator master"),
+            "when_ready": slots.when_ready,
+            "pre_fork": before_fork,
+            "post_fork": slots.post_fork,
+            "child_exit": slots.child_exit,
+            "on_exit": slots.on_exit,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)

@@ -6,9 +6,11 @@ Covers: taking a batch apart, refusing what can't be stored. Leaves out: the tra
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from typing import Any
 
+from ashd.coordinator import metrics
 from ashd.errors import Rejected
 from ashd.store import events
 from ashd.store.pool import Database
@@ -19,7 +21,10 @@ async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_
     """Commits one batch of many sessions' events. Raises Rejected (it can't be stored), Unavailable (nothing is
     known).
     """
-    recording = await events.record(db, [_batch_of(session) for session in request.sessions])
+    arrived = time.perf_counter()
+    batches = [_batch_of(session) for session in request.sessions]
+    recording = await events.record(db, batches)
+    _measure(batches, time.perf_counter() - arrived)
     return registry_pb2.RecordResponse(
         recorded=[
             registry_pb2.Recorded(session_id=one.session_id, epoch=one.epoch, seq=one.last_seq)
@@ -27,6 +32,14 @@ async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_
         ],
         stale=[registry_pb2.SessionLease(session_id=one.session_id, epoch=one.epoch) for one in recording.stale],
     )
+
+
+def _measure(batches: list[events.Batch], took_s: float) -> None:
+    size = sum(len(batch.events) for batch in batches)
+    metrics.RECORD_SECONDS.observe(took_s)
+    metrics.RECORD_SIZE.observe(size)
+    metrics.RECORDED_BATCHES.inc()
+    metrics.RECORDED_EVENTS.inc(size)
 
 
 def _batch_of(session: registry_pb2.SessionEvents) -> events.Batch:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 from grpc import aio
 
 from ashd import log
+from ashd.coordinator import metrics
 from ashd.coordinator.record import record
 from ashd.errors import AshdError, NotFound, Rejected
 from ashd.store import bundles, runners
@@ -39,7 +40,8 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
         try:
             registered = await runners.register(self._db, _registration_of(request), _leases_of(request.leases))
         except AshdError as error:
-            await status.abort(context, error)
+            await _refuse("Register", context, error)
+        metrics.REGISTRATIONS.inc()
         _log.info(
             "runner registered",
             runner=request.runner_id,
@@ -65,7 +67,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
                     raise NotFound(f"runner {request.runner_id} is not registered; register again")
                 stale = await self._compare(request)
             except AshdError as error:
-                await status.abort(context, error)
+                await _refuse("Heartbeat", context, error)
             yield registry_pb2.HeartbeatResponse(stale=_wire_leases(stale))
 
     async def _compare(self, request: registry_pb2.HeartbeatRequest) -> list[Lease]:
@@ -85,7 +87,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
                 response = await record(self._db, request)
             except AshdError as error:
                 _log.error("events were not recorded", runner=request.runner_id, code=error.code, error=error.message)
-                await status.abort(context, error)
+                await _refuse("Record", context, error)
             yield response
 
     async def Deregister(
@@ -94,7 +96,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
         try:
             taken = await runners.deregister(self._db, request.runner_id)
         except AshdError as error:
-            await status.abort(context, error)
+            await _refuse("Deregister", context, error)
         _log.info("runner deregistered", runner=request.runner_id, sessions_paused=len(taken))
         return registry_pb2.DeregisterResponse()
 
@@ -105,7 +107,13 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
             async for chunk in bundles.read(self._db, request.digest):
                 yield registry_pb2.BundleChunk(data=chunk)
         except AshdError as error:
-            await status.abort(context, error)
+            await _refuse("FetchBundle", context, error)
+
+
+async def _refuse(method: str, context: Context, error: AshdError) -> NoReturn:
+    """Ends a runner's call with `error`."""
+    metrics.registry_refused(method, status.status_of(error))
+    await status.abort(context, error)
 
 
 def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registration:

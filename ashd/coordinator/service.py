@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
 
 from falcon.asgi import Request, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
 
 from ashd import __version__
+from ashd.coordinator import metrics
 from ashd.coordinator.services import Services
 from ashd.errors import Unavailable
 from ashd.store import migrate, runners
@@ -90,47 +93,49 @@ class Ready:
 
 
 class Metrics:
-    """/metrics: Prometheus text exposition format 0.0.4."""
+    """/metrics: Prometheus' text exposition format 0.0.4. The numbers are the whole coordinator's, whichever of its
+    workers is asked, and of the fleet what the database knows.
+    """
 
     open_without_key = True
 
     def __init__(self, services: Services, totals: FleetTotals) -> None:
         self._services = services
         self._totals = totals
+        self._runners = dict.fromkeys(("healthy", "draining", "dead"), 0)
+        self._text = b""
+        self._made_at = -_REMEMBER_S
+        self._making = asyncio.Lock()
 
     async def on_get(self, req: Request, resp: Response) -> None:
+        resp.content_type = CONTENT_TYPE_PLAIN_0_0_4
+        async with self._making:
+            if time.monotonic() - self._made_at >= _REMEMBER_S:
+                metrics.sample(self._services)
+                self._text = await asyncio.to_thread(metrics.exposition, await self._fleet())
+                self._made_at = time.monotonic()
+        resp.data = self._text
+
+    on_head = on_get
+
+    async def _fleet(self) -> list[Metric]:
         total = await self._totals.get()
-        pool = self._services.db.stats()
-        worker = f'coordinator="{self._services.coordinator_id}"'
-        uptime = time.monotonic() - self._services.started_at
+        await self._count_runners()
         states = {state: getattr(total, state) for state in ("warming", "warm", "running", "waiting")}
-        resp.content_type = "text/plain; version=0.0.4; charset=utf-8"
-        resp.text = "".join(
-            (
-                _gauge("ash_up", "This worker answers.", [(worker, 1)]),
-                _gauge("ash_uptime_seconds", "Since this worker started.", [(worker, round(uptime, 3))]),
-                _gauge("ash_active_sessions", "Sessions with a live sandbox.", [("", total.running + total.waiting)]),
-                _gauge("ash_active_sandboxes", "Slots taken on live runners.", [("", total.active)]),
-                _gauge("ash_pool_sandboxes", "Sandboxes by state.", _labelled("state", states)),
-                _gauge("ash_pool_max_capacity", "Slots of live runners.", [("", total.max_sandboxes)]),
-                _gauge("ash_resume_total", "Resumed sessions.", _labelled("path", {"warm": 0, "cold": 0}), "counter"),
-                _gauge(
-                    "ash_resume_cold_total",
-                    "Cold resumes by source.",
-                    _labelled("source", {"local": 0, "cloud": 0, "fresh": 0}),
-                    "counter",
-                ),
-                _gauge("ash_runners", "Runners by health.", _labelled("health", {"healthy": total.runners})),
-                _gauge("ash_database_pool", "Database connections of this worker.", _labelled("state", pool, worker)),
-            )
-        )
+        return [
+            metrics.gauge("ash_active_sessions", "Sessions with a live sandbox.", total.running + total.waiting),
+            metrics.gauge("ash_active_sandboxes", "Slots taken on live runners.", total.active),
+            metrics.gauges("ash_pool_sandboxes", "Sandboxes by state.", "state", states),
+            metrics.gauge("ash_pool_max_capacity", "Slots of live runners.", total.max_sandboxes),
+            metrics.gauges("ash_runners", "Runners by health.", "health", self._runners),
+        ]
 
-
-def _labelled(label: str, values: dict[str, int], more: str = "") -> list[tuple[str, float]]:
-    return [(f'{label}="{name}"' + (f",{more}" if more else ""), value) for name, value in values.items()]
-
-
-def _gauge(name: str, text: str, samples: Iterable[tuple[str, float]], kind: str = "gauge") -> str:
-    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-    lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in samples]
-    return "\n".join(lines) + "\n"
+    async def _count_runners(self) -> None:
+        dead_after_s, deadline = self._services.config.runner_dead_after, time.monotonic() + _DATABASE_TIMEOUT_S
+        try:
+            rows = await runners.list_all(self._services.db, dead_after_s, deadline=deadline)
+        except Unavailable:
+            return  # the last known ones; said by /ready
+        self._runners = dict.fromkeys(self._runners, 0)
+        for row in rows:
+            self._runners["dead" if not row.alive else "draining" if row.draining else "healthy"] += 1

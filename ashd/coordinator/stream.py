@@ -16,6 +16,7 @@ from falcon.asgi import Request, Response
 
 from ashd import __version__
 from ashd.config.schema import CoordinatorConfig
+from ashd.coordinator import metrics
 from ashd.coordinator.dispatch import Dispatcher, Launch
 from ashd.coordinator.fleet import Fleet
 from ashd.coordinator.follow import Call, Discarded, Follower, first_answer
@@ -56,16 +57,16 @@ class SessionStreams:
 
     async def post_message(self, req: Request, resp: Response, admitted: turns.Admitted) -> None:
         """Launches the turn, unless that was done before, and streams it from its start to its `done`."""
-        self._send(resp, self._turn_chunks(admitted))
+        self._send(resp, self._turn_chunks(admitted, time.perf_counter()))
 
     async def launch(self, admitted: turns.Admitted) -> None:
         """Launches the turn with nobody listening."""
         if admitted.turn.state == "accepted":
             self._dispatcher.launch_unwatched(_launch_of(admitted))
 
-    async def _turn_chunks(self, admitted: turns.Admitted) -> AsyncGenerator[bytes]:
+    async def _turn_chunks(self, admitted: turns.Admitted, admitted_at: float) -> AsyncGenerator[bytes]:
         turn = admitted.turn
-        timing = TurnTiming(turn.session_id, admitted.sandbox_id, time.perf_counter()) if self._timed else None
+        timing = TurnTiming(turn.session_id, admitted.sandbox_id, admitted_at) if self._timed else None
         last_seq = turn.first_seq - 1 if turn.first_seq is not None else admitted.last_seq
         start = Cursor(admitted.epoch, last_seq)
         frames = Frames(turn.session_id, start, whole=False)
@@ -80,9 +81,15 @@ class SessionStreams:
             yield frames.failed(turn.id, error.message, error.code, last_seq=last_seq)
             return
         follower = Follower(self._db, self._fleet, self._watch, turn.session_id, admitted.epoch, start.place)
+        first = True
         async with contextlib.aclosing(_chunks(frames, follower, call, None, until=turn.id, timing=timing)) as chunks:
             async for chunk in chunks:
+                if first and not admitted.replayed:  # a request repeated is not a turn admitted
+                    metrics.FIRST_EVENT_SECONDS.observe(time.perf_counter() - admitted_at)
+                first = False
                 yield chunk
+        if not admitted.replayed:
+            metrics.TURN_SECONDS.observe(time.perf_counter() - admitted_at)
 
     async def _launched(self, admitted: turns.Admitted) -> Call | None:
         """The stream of a turn just launched; None for one that is followed from where the session is now.
@@ -114,6 +121,8 @@ class SessionStreams:
         after = Cursor(session.epoch, session.last_seq) if cursor is None else _parse(cursor)
         if after.epoch > session.epoch or (session.runner_id is None and after.seq > session.last_seq):
             raise Rejected("The cursor names an event this session does not have", code="cursor.ahead")
+        if cursor is not None and after.place > (0, 0):
+            metrics.CLIENT_RECONNECTS.inc()
         if session.status == "ended" and after.seq >= session.last_seq:
             resp.status = HTTP_204  # to an EventSource: there is nothing more, do not come again
             return
@@ -138,7 +147,7 @@ class SessionStreams:
         runner = self._fleet.runner(session.runner_address)
         call: Call = runner.StreamEvents(request, metadata=self._fleet.metadata)
         try:
-            await first_answer(call, "the runner")
+            await first_answer(call, "StreamEvents")
         except AshdError as error:
             if error.code == AHEAD:
                 raise Rejected("The cursor names an event this session does not have", code=AHEAD) from None
@@ -217,6 +226,7 @@ class _Paced:
         self._waiter: asyncio.Future[None] | None = None
         self._stopping = self._over = False
         open_streams.add(self)
+        metrics.SSE_CONNECTIONS.set(len(open_streams))
 
     def stop(self) -> None:
         """Ends the stream at once, with its cursor valid."""
@@ -263,6 +273,7 @@ class _Paced:
     async def close(self) -> None:
         """Called by Falcon when the stream is over, for whatever reason."""
         self._open_streams.discard(self)
+        metrics.SSE_CONNECTIONS.set(len(self._open_streams))
         if self._next is not None:
             self._next.cancel()
             await asyncio.wait([self._next])

@@ -38,6 +38,9 @@ gasgi.ASGIProtocol = Connection  # the worker makes its connections of this name
 class CoordinatorWorker(gasgi.ASGIWorker):  # type: ignore[misc]
     """One coordinator worker. Its application is a `lifespan.Coordinator`."""
 
+    slot = 0
+    """Which of the workers of one time this is (slots.py)."""
+
     _tuned = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

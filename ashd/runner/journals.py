@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from sandbox.journal import Position, Reader
+from sandbox.journal import Place, Position, Reader
 from sandbox.protocol import Kind, Record
 
 
@@ -59,7 +59,12 @@ class Recording:
 
 
 async def follow(
-    folder: Path, after: Position, grew: Bell, closed: asyncio.Event, recording: Recording
+    folder: Path,
+    after: Position,
+    near: Place | None,
+    grew: Bell,
+    closed: asyncio.Event,
+    recording: Recording,
 ) -> AsyncIterator[tuple[Position, list[Record]]]:
     """Batches of a journal's records after a position, then live, each with the position before which nothing is left.
     The first is empty and comes at once.
@@ -67,7 +72,7 @@ async def follow(
     A record that ends a turn or the sandbox is given out only once it is committed (P1). Ends when the sandbox has
     closed and all is given out, or when its epoch is over.
     """
-    reader = Reader(folder, after)
+    reader = Reader(folder, after, near)
     try:
         yield reader.starts_after, []
         while True:

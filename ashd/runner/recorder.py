@@ -92,6 +92,7 @@ class Recorder:
     def _next_events(self, place: _Place) -> registry_pb2.SessionEvents | None:
         """The sandbox's next saved events; None, and it leaves the list, when there are none."""
         sandbox = place.sandbox
+        sandbox.recorded_to = place.reader.place  # where the next turn's readers need not begin before
         try:
             while records := place.reader.read(_SESSION_READ_BYTES):
                 if events := saved(records):

@@ -18,6 +18,7 @@ from ashd.domain import sandbox as machine
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import Rejected, SandboxFailed, Unavailable
 from ashd.runner.journals import Bell, Recording
+from sandbox.journal import Place
 from sandbox.protocol import MAX_COMMAND_BYTES, encode_line
 
 _log = log.get(__name__)
@@ -46,6 +47,7 @@ class SandboxTask:
         self.enforced: list[str] = []
         self.was_warm = False
         self.recording = Recording(0)
+        self.recorded_to: Place | None = None
         self.grew = Bell()
         self.closed = asyncio.Event()
         self.gone = asyncio.Event()

@@ -70,7 +70,9 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
         self, sandbox: SandboxTask, after: Position, context: Context
     ) -> AsyncIterator[events_pb2.EventBatch]:
         try:
-            batches = follow(sandbox.journal, after, sandbox.grew, sandbox.closed, sandbox.recording)
+            batches = follow(
+                sandbox.journal, after, sandbox.recorded_to, sandbox.grew, sandbox.closed, sandbox.recording
+            )
             async for starts_after, records in batches:
                 yield events_pb2.EventBatch(
                     events=[event_of(record) for record in records], journal_from_seq=starts_after.seq

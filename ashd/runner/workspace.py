@@ -96,8 +96,8 @@ def _unpack(archive: Path, target: Path, digest: str) -> None:
 def _lay_down(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
     """One member of a canonical archive: folders, files and links inside it, and nothing else.
 
-    SECURITY: the coordinator let in only what stays inside; looked at again, because this runs with our rights. (TarFile's
-    own filters came with Python 3.11.4; Debian 12 has 3.11.2.)
+    SECURITY: the coordinator let in only what stays inside; looked at again, because this runs with our rights.
+    (TarFile's own filters came with Python 3.11.4; Debian 12 has 3.11.2.)
     """
     parts = Path(member.name).parts
     if Path(member.name).is_absolute() or ".." in parts:
