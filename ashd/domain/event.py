@@ -48,8 +48,10 @@ class Cursor:
         """The cursor a client sent back; `0` is the beginning. Raises ValueError."""
         if text == "0":
             return cls(0, 0)
-        epoch, seq, part = (_number(field) for field in text.split("."))
-        return cls(epoch, seq, part)
+        fields = text.split(".")
+        if len(fields) != 3:
+            raise ValueError(f"{text!r} is not three numbers")
+        return cls(*(_number(field) for field in fields))
 
     @property
     def place(self) -> tuple[int, int]:

@@ -127,6 +127,14 @@ async def remove(hierarchies: list[Hierarchy], name: str) -> bool:
     return False
 
 
+def remove_parents(hierarchies: list[Hierarchy]) -> None:
+    """Removes the runner's own groups, where nothing is left in them."""
+    for hierarchy in hierarchies:
+        with contextlib.suppress(OSError):
+            hierarchy.parent.rmdir()
+            hierarchy.parent.parent.rmdir()  # shared by the runners of this host: goes with the last
+
+
 def _try_remove(group: Path) -> bool:
     try:
         for pid in (group / "cgroup.procs").read_text().split():

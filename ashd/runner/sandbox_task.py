@@ -19,12 +19,14 @@ from ashd.domain.sandbox import Fact, State
 from ashd.errors import Rejected, SandboxFailed, Unavailable
 from ashd.runner.journals import Bell, Recording
 from sandbox.journal import Place
-from sandbox.protocol import MAX_COMMAND_BYTES, encode_line
+from sandbox.protocol import MAX_COMMAND_BYTES, NO_TURN, encode_line
 
 _log = log.get(__name__)
 
 _CONNECT_PAUSE_S = 0.005
 _MAX_ANSWER_BYTES = 1024 * 1024
+_ACKED_EVERY = 16
+"""In an open turn the keeper hears of commits every so many events; it needs to, when its journal is full."""
 
 
 class SandboxTask:
@@ -47,6 +49,7 @@ class SandboxTask:
         self.enforced: list[str] = []
         self.was_warm = False
         self.recording = Recording(0)
+        self._told_acked = 0
         self.recorded_to: Place | None = None
         self.grew = Bell()
         self.closed = asyncio.Event()
@@ -80,6 +83,13 @@ class SandboxTask:
         self.last_seq = acked_seq
         self.recording = Recording(acked_seq)
         self.log = _log.bind(sandbox=self.id, session=session, epoch=epoch)
+
+    def acknowledge(self, seq: int) -> None:
+        """Events up to `seq` are committed: whoever waits for that goes on, and the journal may be trimmed so far."""
+        self.recording.acknowledge(seq)
+        if self.open_turn == NO_TURN or seq >= self._told_acked + _ACKED_EVERY:
+            self._told_acked = seq
+            self.tell("acked", seq=seq)
 
     # ------------------------------------------------------------ the keeper
 
@@ -141,7 +151,7 @@ class SandboxTask:
         """Takes what the keeper says until it hangs up."""
         assert self._reader is not None
         with contextlib.suppress(ConnectionError):
-            while line := await self._reader.readline():
+            while (line := await self._reader.readline()).endswith(b"\n"):
                 self._hear(json.loads(line))
 
     def _hear(self, said: dict[str, Any]) -> None:
@@ -166,7 +176,6 @@ class SandboxTask:
             self.learn(Fact.TURN_LAUNCHED)
         elif self.open_turn and not open_turn:
             self.learn(Fact.TURN_SETTLED)
-            self.tell("acked", seq=self.recording.acked_seq)
         self.open_turn = open_turn
 
     def hang_up(self) -> None:

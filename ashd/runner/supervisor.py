@@ -117,6 +117,7 @@ class Supervisor:
             async with asyncio.timeout(self._config.kill_timeout + 2.0):
                 for sandbox in list(self._sandboxes.values()):
                     await sandbox.gone.wait()
+        cgroup.remove_parents(self._hierarchies)
 
     async def settle_open_turns(self, timeout_s: float) -> None:
         """Waits for open turns to end, at most so long."""

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 from grpc import aio
 
-MAX_MESSAGE_BYTES = 128 * 1024 * 1024
-"""A message of the API's 50 MiB, and an event of the largest frame, with room to spare."""
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+"""A message of the API's 50 MiB, which in escaped JSON may be three times as long, with room to spare."""
 
 Metadata = tuple[tuple[str, str], ...]
 
