@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import queue
+import re
 import secrets
 import shlex
 import ssl
@@ -464,10 +465,16 @@ def write_measurement(folder: Path, report: dict[str, Any], today: str) -> Path:
     raw = folder / f"{today}-roundtrip.json"
     reports = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else []
     reports.append(report)
-    raw.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    raw.write_text(_dumped(reports), encoding="utf-8")
     page = raw.with_suffix(".md")
     page.write_text(rendered(reports, today, raw.name), encoding="utf-8")
     return page
+
+
+def _dumped(value: Any) -> str:
+    """JSON for people and diffs: indented, but each list of numbers on one line."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[([\d.,\s]+)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
 
 
 def rendered(reports: Sequence[dict[str, Any]], today: str, raw_name: str) -> str:
@@ -596,7 +603,7 @@ def main(argv: Sequence[str]) -> int:
         "runs": runs,
     }
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(_dumped(report), encoding="utf-8")
     if options.write_measurement:
         print(f"written: {write_measurement(options.write_measurement, report, now.date().isoformat())}")
     return FAILED if any(run["failures"] for run in runs) else OK

@@ -12,6 +12,7 @@ FORK: single-threaded, no event loop, no sockets but the one; what is imported h
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -20,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from sandbox import jail, keeper
 from sandbox.title import set_title
@@ -38,36 +40,42 @@ def main(arguments: list[str]) -> int:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     control.send(json.dumps({"ready": jail.probe()}).encode())
+    jail.become_subreaper()
+    keepers: set[int] = set()
     gc.collect()
     gc.freeze()  # PERF: the collector never touches, and so never copies, the pages shared with every sandbox
     while True:
         ready, _, _ = select.select([control.fileno(), wake_read], [], [])
         if wake_read in ready:
             os.read(wake_read, 4096)
-            _reap()
+            _reap(keepers)
         if control.fileno() in ready:
             request = control.recv(_MAX_REQUEST_BYTES)
             if not request:
                 return 0
-            control.send(json.dumps(_spawn(json.loads(request))).encode())
+            control.send(json.dumps(_spawn(json.loads(request), keepers)).encode())
 
 
-def _spawn(request: keeper.Request) -> dict[str, object]:
+def _spawn(request: keeper.Request, keepers: set[int]) -> dict[str, object]:
     try:
         pid = os.fork()
     except OSError as error:
         return {"sandbox": request["sandbox"], "error": f"fork: {error.strerror}"}
     if pid == 0:
         keeper.run(request)  # FORK: never returns
+    keepers.add(pid)
     return {"sandbox": request["sandbox"], "pid": pid}
 
 
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return
+def _reap(keepers: set[int]) -> None:
+    """Collects the dead. What a dead keeper left behind is our child now (subreaper), and is killed: it is nobody's."""
+    with contextlib.suppress(ChildProcessError):
+        while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+            keepers.discard(pid)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for orphan in {int(pid) for pid in children} - keepers:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(orphan, signal.SIGKILL)
 
 
 if __name__ == "__main__":

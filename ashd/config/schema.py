@@ -220,9 +220,6 @@ class RunnerConfig:
     state_dir: Path | None = setting(None, "ASH_STATE_DIR")
     """Sandboxes, journals, workspaces and the bundle cache; default <ASH_DATA_DIR>/runner."""
 
-    isolation: str = setting("standard", "ASH_ISOLATION", choices=("standard", "none"))
-    """Level of isolation demanded: standard, or none. Below the demanded level the runner refuses to start."""
-
     uid_range: str = setting("210000-219999")
     """User ids given to sandboxes, one each, when the runner is privileged."""
 

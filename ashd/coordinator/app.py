@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
 from typing import Any
 
+from falcon import MEDIA_JSON
 from falcon.asgi import App, Request, Response
+from falcon.media import JSONHandler
 
 from ashd import log
-from ashd.coordinator import agents, internal, messages, metrics, problems, service, sessions
+from ashd.coordinator import agents, docs, internal, messages, metrics, problems, service, sessions
 from ashd.coordinator.auth import Authentication
 from ashd.coordinator.services import Services
 
@@ -34,6 +37,8 @@ def build_app(services: Services) -> App[Any, Any]:
         ]
     )
     app.req_options.strip_url_path_trailing_slash = True
+    # ASCII-escaped, for what agents and clients put into free objects need not be valid UTF-8 (lone surrogates).
+    app.resp_options.media_handlers[MEDIA_JSON] = JSONHandler(dumps=json.dumps)
     problems.install(app)
     for path, resource in _routes(services):
         app.add_route(path, resource)
@@ -47,6 +52,8 @@ def _routes(services: Services) -> list[tuple[str, object]]:
         ("/health", service.Health(services, totals)),
         ("/ready", service.Ready(services)),
         ("/metrics", service.Metrics(services, totals)),
+        ("/openapi.json", docs.Document()),
+        ("/docs", docs.Page()),
         ("/api/agents", agents.Agents(services, deployments)),
         ("/api/agents/{name}", agents.Agent(services)),
         ("/api/agents/{name}/bundle", agents.AgentBundle(services, deployments)),
@@ -75,8 +82,15 @@ class RequestId:
         req.context.begun = time.monotonic()
         resp.set_header("X-Request-Id", req.context.request_id)
 
+    async def process_resource(self, req: Request, resp: Response, resource: object, params: dict[str, Any]) -> None:
+        """ORDER: before authentication, so that a refused key, too, says that nothing was started."""
+        if req.method == getattr(resource, "starts_work_on", None):
+            problems.starts_work(req)
+
     async def process_response(self, req: Request, resp: Response, resource: object, req_succeeded: bool) -> None:
         """Log and measure it; of a stream, this is its beginning."""
+        if not hasattr(req.context, "begun"):
+            return  # refused before any middleware: Falcon's pseudo-method WEBSOCKET
         took_s = time.monotonic() - req.context.begun
         metrics.answered(req.method, req.uri_template, resp.status_code, took_s)
         _log.debug(

@@ -21,7 +21,7 @@ from ashd.config.schema import CoordinatorConfig
 from ashd.coordinator import metrics
 from ashd.coordinator.background import Background
 from ashd.coordinator.fleet import Fleet
-from ashd.coordinator.follow import Call, first_answer
+from ashd.coordinator.runner_stream import RunnerStream
 from ashd.domain.restart import Backoff
 from ashd.errors import AshdError, Conflict, Fault, NotFound, Rejected, Unavailable
 from ashd.store import sessions, turns
@@ -32,6 +32,7 @@ from ashd.wire.v1 import runner_pb2
 _log = log.get(__name__)
 
 _END_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 5.0
 _LAUNCH_PATIENCE_S = 30.0
 
 
@@ -62,9 +63,11 @@ class Dispatcher:
         """Has a runner start the session's sandbox; the session, active. Finishes even if nobody waits for it any
         more.
         """
-        if created.replayed and created.session.status != "starting":
-            return created.session
         session = created.session
+        if created.replayed and session.status == "error":
+            raise Rejected(f"The agent could not be started: {session.status_cause}", code="session.not_started")
+        if created.replayed and session.status != "starting":
+            return session
         outcome = await asyncio.shield(self._background.run(self._start(session), f"start session {session.id}"))
         if isinstance(outcome, AshdError):
             raise outcome
@@ -83,6 +86,9 @@ class Dispatcher:
             except Fault as fault:
                 await sessions.fail_start(self._db, session.id, session.epoch, fault.message)
                 raise
+            except ValueError as error:  # what can't travel, such as a lone surrogate in a variable
+                await sessions.fail_start(self._db, session.id, session.epoch, str(error))
+                raise Rejected(f"The session's settings can't be sent to a runner: {error}") from None
             except AshdError as error:
                 await sessions.fail_start(self._db, session.id, session.epoch, error.message)
                 raise Rejected(f"The agent could not be started: {error.message}", code=error.code) from None
@@ -145,7 +151,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------ turns
 
-    async def launch(self, launch: Launch) -> Call:
+    async def launch(self, launch: Launch) -> RunnerStream:
         """Launches an accepted turn, patiently; the stream of its events, its first batch read.
 
         A turn that can't be launched any more is settled, and the reason raised: Rejected, NotFound. Raises
@@ -165,7 +171,7 @@ class Dispatcher:
                 await self._give_up(launch, refusal)
                 raise
 
-    async def _open(self, launch: Launch) -> Call:
+    async def _open(self, launch: Launch) -> RunnerStream:
         request = runner_pb2.StartTurnRequest(
             session_id=launch.session,
             epoch=launch.epoch,
@@ -173,9 +179,8 @@ class Dispatcher:
             request=launch.request.encode(),
             timeout_ms=launch.timeout_ms,
         )
-        call: Call = self._fleet.runner(launch.runner_address).StartTurn(request, metadata=self._fleet.metadata)
-        await first_answer(call, "StartTurn")
-        return call
+        call = self._fleet.runner(launch.runner_address).StartTurn(request, metadata=self._fleet.metadata)
+        return await RunnerStream(call, "StartTurn").opened(_ANSWER_TIMEOUT_S)
 
     async def _give_up(self, launch: Launch, why: AshdError) -> None:
         """Settles a turn its runner has refused: it was not launched and never will be."""
@@ -189,7 +194,7 @@ class Dispatcher:
         """Launches a turn nobody listens to."""
 
         async def work() -> None:
-            (await self.launch(launch)).cancel()
+            (await self.launch(launch)).close()
 
         self._background.run(work(), f"launch turn {launch.turn}")
 

@@ -10,6 +10,7 @@ from there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -22,21 +23,21 @@ from ashd import log
 from ashd.coordinator import metrics
 from ashd.coordinator.fleet import Fleet, is_live
 from ashd.coordinator.frames import Shown, from_store, from_wire
+from ashd.coordinator.runner_stream import CALLEE, RunnerStream
 from ashd.coordinator.watch import Watch
 from ashd.domain.restart import Backoff
 from ashd.errors import Unavailable
 from ashd.store import events, sessions
 from ashd.store.pool import Database
-from ashd.wire.status import error_of
+from ashd.wire.status import AHEAD, error_of
 from ashd.wire.v1 import events_pb2, runner_pb2
 
 _log = log.get(__name__)
 
 _PAGE = 500
 _RUNNER_PATIENCE_S = 5.0
-_CALLEE = "the runner"
-
-Call = aio.UnaryStreamCall[Any, events_pb2.EventBatch]
+_SILENCE_S = 10.0
+_LOOK_S = 0.2
 
 
 class Discarded(Exception):
@@ -65,19 +66,21 @@ class Follower:
         self.epoch = epoch
         self.place = place
 
-    async def batches(self, call: Call | None, location: sessions.Location | None) -> AsyncGenerator[list[Shown]]:
+    async def batches(
+        self, stream: RunnerStream | None, location: sessions.Location | None
+    ) -> AsyncGenerator[list[Shown]]:
         """Batches of events until the session has ended; an empty one is a sign that the runner has answered.
 
-        `call` is a stream that is open already, under `self.epoch`; without one, `location` says where to begin.
+        `stream` is one that is open already, under `self.epoch`; without one, `location` says where to begin.
         Raises Discarded; goes on when called again.
         """
         while True:
-            if call is None and location is not None and is_live(location):
-                call = self._open(location)
-            if call is not None:
-                async for batch in self._from_runner(call):
+            if stream is None and location is not None and is_live(location):
+                stream = self._open(location)
+            if stream is not None:
+                async for batch in self._from_runner(stream):
                     yield batch
-            call = None
+            stream = None
             location = await self._watch.where(self._session)
             if location is None:
                 return
@@ -92,20 +95,19 @@ class Follower:
         same = is_live(location) and location.epoch == self.epoch
         return same and time.monotonic() < self._answered + _RUNNER_PATIENCE_S
 
-    def _open(self, location: sessions.Location) -> Call:
+    def _open(self, location: sessions.Location) -> RunnerStream:
         self.epoch = location.epoch
         request = runner_pb2.StreamEventsRequest(
             session_id=self._session, epoch=self.epoch, after_seq=self.place[0], after_part=self.place[1]
         )
         runner = self._fleet.runner(location.runner_address)
-        call: Call = runner.StreamEvents(request, metadata=self._fleet.metadata)
         metrics.RUNNER_RECONNECTS.inc()
-        return call
+        return RunnerStream(runner.StreamEvents(request, metadata=self._fleet.metadata), "StreamEvents")
 
-    async def _from_runner(self, call: Call) -> AsyncIterator[list[Shown]]:
+    async def _from_runner(self, stream: RunnerStream) -> AsyncIterator[list[Shown]]:
         """What the runner sends until its stream ends, for whatever reason."""
         try:
-            while isinstance(batch := await call.read(), events_pb2.EventBatch):
+            while (batch := await self._next(stream)) is not None:
                 self._backoff.reset()
                 self._answered = time.monotonic()
                 if batch.HasField("journal_from_seq") and batch.journal_from_seq > self.place[0]:
@@ -117,12 +119,41 @@ class Follower:
         except aio.AioRpcError as failed:
             # A turn's own stream (StartTurn) is of the same kind, and counts here when it breaks later.
             metrics.runner_failed("StreamEvents", failed.code())
-            error = error_of(failed, _CALLEE)
+            error = error_of(failed, CALLEE)
+            if error.code == AHEAD:
+                await self._step_back()
             if failed.code() is not grpc.StatusCode.UNAVAILABLE:
                 _log.info("runner ended a stream", session=self._session, code=error.code, error=error.message)
             await asyncio.sleep(self._backoff.next_s(random.random()))
         finally:
-            call.cancel()
+            stream.close()
+
+    async def _next(self, stream: RunnerStream) -> events_pb2.EventBatch | None:
+        """The runner's next batch; None when its stream is over, or the session no longer is where the stream is from.
+
+        WAITS: a silent stream is the rule while a session idles. But a host that is cut off is silent too, so from time
+        to time the database is asked whether the session is still there.
+        """
+        while True:
+            try:
+                return await stream.next(_SILENCE_S)
+            except TimeoutError:
+                asked = asyncio.ensure_future(self._watch.where(self._session))
+            try:
+                while not asked.done():  # the database may be away; the runner may speak meanwhile
+                    with contextlib.suppress(TimeoutError):
+                        return await stream.next(_LOOK_S)
+                location = asked.result()
+            finally:
+                asked.cancel()
+            if location is None or not is_live(location) or location.epoch != self.epoch:
+                return None
+
+    async def _step_back(self) -> None:
+        """The runner has less than the client was given, or says it was: only what is saved holds."""
+        holds = await self._patiently(lambda: events.last_seq_up_to(self._db, self._session, self.epoch))
+        self.place = (holds, 0)
+        raise Discarded(self.epoch, holds)
 
     def _move(self, fresh: list[events_pb2.Event]) -> None:
         if fresh:
@@ -160,15 +191,3 @@ class Follower:
             except Unavailable as error:
                 _log.warning("database does not answer a stream", session=self._session, error=error.message)
                 await asyncio.sleep(self._backoff.next_s(random.random()))
-
-
-async def first_answer(call: Call, method: str) -> events_pb2.EventBatch:
-    """The first batch of a stream just opened, which comes at once. Raises what the runner answered instead."""
-    try:
-        batch = await call.read()
-    except aio.AioRpcError as failed:
-        metrics.runner_failed(method, failed.code())
-        raise error_of(failed, _CALLEE) from None
-    if not isinstance(batch, events_pb2.EventBatch):
-        raise Unavailable(f"{_CALLEE} ended the stream at once", code="peer.unavailable")
-    return batch

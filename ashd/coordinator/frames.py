@@ -25,6 +25,12 @@ _OWN_NAMES = frozenset(
     {"session_start", "message", "error", "done", "reset", "user_message", "lifecycle"}
     | {"turn_complete", "text_delta", "thinking_delta", "tool_use", "tool_result"}
 )
+_LOST = {
+    "error": "The turn's sandbox was lost with its runner, and the session is paused. What the turn did after its last "
+    "event is not known.",
+    "code": "turn.lost",
+    "retryable": True,
+}
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -112,11 +118,12 @@ class Frames:
         elif event.kind is EventKind.SETTLED:
             self._thinking_seen = False
             outcome = json.loads(event.payload).get("outcome", "failed")
+            if outcome == "lost":  # settled for a keeper that no longer could, so nothing before it says why
+                yield (event.seq - 1, ANNOUNCED), "error", dump(_LOST)
             yield here, "done", self._done(event.turn, outcome, event.seq)
         elif event.kind is EventKind.TIMELINE and event.type == "error":
             why = json.loads(event.payload)
-            data = {"error": why.get("error"), "code": why.get("code"), "retryable": why.get("code") == "runner.lost"}
-            yield here, "error", dump(data)
+            yield here, "error", dump({"error": why.get("error"), "code": why.get("code"), "retryable": False})
         elif event.kind is EventKind.CLOSED and self._whole:
             yield here, "lifecycle", event.payload
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from falcon.asgi import Request, Response
 
 from ashd.coordinator import shapes
+from ashd.coordinator.registry import RUNNER_ID
 from ashd.coordinator.request import Fields, json_object
 from ashd.coordinator.services import Services
 from ashd.errors import NotFound
@@ -49,7 +50,7 @@ class RunnerRegister:
         body = await json_object(req, self._services.config.max_json_body)
         host, port = body.required_text("host", most=255), _required_integer(body, "port", 1, 65535)
         runner = runners.Registration(
-            id=body.required_text("runnerId", most=255),
+            id=body.required_text("runnerId", most=255, pattern=RUNNER_ID),
             host=host,
             port=port,
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",

@@ -69,6 +69,8 @@ class Coordinator:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there are none; the server answers 403 (ASGI, websocket protocol)
         elif self._app is not None:
             await self._app(scope, receive, _Patient(send, self._config.stall_timeout))
 

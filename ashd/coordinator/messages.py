@@ -16,6 +16,7 @@ from ashd.coordinator.request import (
     idempotency_key,
     json_object,
     path_id,
+    prefers,
     query_choice,
     query_integer,
 )
@@ -43,6 +44,8 @@ _LAST = 2**62
 class Messages:
     """/api/sessions/:id/messages"""
 
+    starts_work_on = "POST"
+
     def __init__(self, services: Services) -> None:
         self._services = services
 
@@ -56,7 +59,6 @@ class Messages:
         resp.media = {"messages": [shapes.message(row, session_id, tenant) for row in rows]}
 
     async def on_post(self, req: Request, resp: Response, session_id: str) -> None:
-        problems.starts_work(req)
         config = self._services.config
         session_id = path_id(session_id, "session id")
         body = await json_object(req, config.max_message_body)
@@ -72,7 +74,8 @@ class Messages:
         )
         admitted = await turns.admit(self._services.db, new)
         problems.admitted(req)
-        if "respond-async" in (req.get_header("Prefer") or ""):
+        if prefers(req, "respond-async"):
+            resp.set_header("Preference-Applied", "respond-async")
             await self._respond_async(resp, admitted)
         else:
             await self._services.streams.post_message(req, resp, admitted)

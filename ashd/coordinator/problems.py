@@ -36,7 +36,9 @@ def install(app: App[Any, Any]) -> None:
 
 
 def starts_work(req: Request) -> None:
-    """This request starts something; its errors say whether it has. Until admitted() it has not."""
+    """This request starts something (its resource has `starts_work_on`); its errors say whether it has. Until
+    admitted() it has not.
+    """
     req.context.admitted = "no"
 
 
@@ -48,6 +50,8 @@ def admitted(req: Request) -> None:
 async def _of_ashd(req: Request, resp: Response, error: AshdError, params: dict[str, Any]) -> None:
     if isinstance(error, Rejected):
         status = error.status
+        if status == 401:
+            resp.set_header("WWW-Authenticate", "Bearer")  # RFC 9110, 15.5.2
         if hasattr(req.context, "admitted"):
             req.context.admitted = "no"  # whatever was begun has been given up
     elif isinstance(error, Unavailable):

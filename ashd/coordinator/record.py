@@ -10,19 +10,27 @@ import time
 import uuid
 from typing import Any
 
+from ashd import log
 from ashd.coordinator import metrics
-from ashd.errors import Rejected
 from ashd.store import events
 from ashd.store.pool import Database
 from ashd.wire.v1 import events_pb2, registry_pb2
 
+_log = log.get(__name__)
+
 
 async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_pb2.RecordResponse:
-    """Commits one batch of many sessions' events. Raises Rejected (it can't be stored), Unavailable (nothing is
-    known).
+    """Commits one batch of many sessions' events. A session whose events can't be stored is answered as stale, which
+    ends its sandbox; the others don't suffer for it. Raises Unavailable (nothing is known).
     """
     arrived = time.perf_counter()
-    batches = [_batch_of(session) for session in request.sessions]
+    batches, refused = [], []
+    for session in request.sessions:
+        try:
+            batches.append(_batch_of(session))
+        except ValueError as error:
+            _log.error("events can't be stored, ending their sandbox", session=session.session_id, error=str(error))
+            refused.append(registry_pb2.SessionLease(session_id=session.session_id, epoch=session.epoch))
     recording = await events.record(db, batches)
     _measure(batches, time.perf_counter() - arrived)
     return registry_pb2.RecordResponse(
@@ -30,7 +38,10 @@ async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_
             registry_pb2.Recorded(session_id=one.session_id, epoch=one.epoch, seq=one.last_seq)
             for one in recording.recorded
         ],
-        stale=[registry_pb2.SessionLease(session_id=one.session_id, epoch=one.epoch) for one in recording.stale],
+        stale=[
+            *(registry_pb2.SessionLease(session_id=one.session_id, epoch=one.epoch) for one in recording.stale),
+            *refused,
+        ],
     )
 
 
@@ -43,11 +54,18 @@ def _measure(batches: list[events.Batch], took_s: float) -> None:
 
 
 def _batch_of(session: registry_pb2.SessionEvents) -> events.Batch:
-    try:
-        uuid.UUID(session.session_id)
-        return events.Batch(session.session_id, session.epoch, [_event_of(event) for event in session.events])
-    except ValueError as error:
-        raise Rejected(f"an event of session {session.session_id} can't be stored: {error}") from None
+    """One session's events as rows. Raises ValueError: Postgres would refuse them, and the whole batch with them."""
+    uuid.UUID(session.session_id)
+    return events.Batch(session.session_id, session.epoch, [_event_of(event) for event in session.events])
+
+
+def _storable(value: Any) -> str | None:
+    """A text for a column of its own. Raises ValueError for NUL and lone surrogates, which JSON may hold."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{value!r:.100} is not a text that can be stored")
+    return value.encode().decode()
 
 
 def _event_of(event: events_pb2.Event) -> events.NewEvent:
@@ -62,9 +80,9 @@ def _event_of(event: events_pb2.Event) -> events.NewEvent:
         turn_id=str(uuid.UUID(event.turn_id)) if event.turn_id else None,
         type=event.type,
         data=event.payload.decode("ascii"),
-        outcome=end.get("outcome"),
-        error=end.get("error"),
-        error_code=end.get("code"),
+        outcome=_storable(end.get("outcome")),
+        error=_storable(end.get("error")),
+        error_code=_storable(end.get("code")),
         usage=json.dumps(usage) if usage else None,
-        cause=end.get("cause"),
+        cause=_storable(end.get("cause")),
     )

@@ -24,7 +24,7 @@ from ashd.wire import status
 from ashd.wire.v1 import registry_pb2, registry_pb2_grpc
 
 _log = log.get(__name__)
-_RUNNER_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
+RUNNER_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -118,8 +118,8 @@ async def _refuse(method: str, context: Context, error: AshdError) -> NoReturn:
 
 def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registration:
     """What a runner says of itself. Raises Rejected."""
-    if not _RUNNER_ID.fullmatch(request.runner_id):
-        raise Rejected(f"runner_id must match {_RUNNER_ID.pattern}")
+    if not RUNNER_ID.fullmatch(request.runner_id):
+        raise Rejected(f"runner_id must match {RUNNER_ID.pattern}")
     if request.max_sandboxes < 0 or not request.host:
         raise Rejected("a runner needs a host and a max_sandboxes of at least 0")
     return runners.Registration(

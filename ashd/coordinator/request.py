@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ from ashd.errors import Rejected
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_WRITE_BYTES = 1024 * 1024
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 async def json_object(req: Request, limit_bytes: int, *, optional: bool = False, advice: str = "") -> Fields:
@@ -34,8 +34,10 @@ async def json_object(req: Request, limit_bytes: int, *, optional: bool = False,
     media_type = (req.content_type or "application/json").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise Rejected(f'The body must be application/json, not "{media_type}"', code="body.media_type", status=415)
+    if (req.get_header("Content-Encoding") or "identity").lower() != "identity":
+        raise Rejected("The body must not have a Content-Encoding", code="body.media_type", status=415)
     try:
-        value = json.loads(raw, parse_constant=_no_constant)
+        value = json.loads(raw, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Rejected(f"The body is not valid JSON: {error}", code="body.invalid_json") from error
     if not isinstance(value, dict):
@@ -80,6 +82,13 @@ def _check_complete(req: Request, received: int) -> None:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:32]} is too large a number")  # as Infinity it could not be written back
+    return value
 
 
 class Fields:
@@ -165,8 +174,8 @@ class Fields:
         for key, text in (value or {}).items():
             if not _ENV_NAME.fullmatch(key):
                 self.refuse(name, f"has the name {json.dumps(key)[:80]}; names match ^{_ENV_NAME.pattern}$")
-            if not isinstance(text, str) or "\0" in text:
-                self.refuse(f"{name}.{key}", "must be a string without NUL")
+            if not isinstance(text, str) or _UNSTORABLE.search(text):
+                self.refuse(f"{name}.{key}", "must be a string without NUL or lone surrogates")
         return value
 
     def objects(self, name: str, *, least: int = 1, most: int) -> list[Fields] | None:
@@ -187,11 +196,10 @@ class Fields:
 
 
 def path_id(value: str, name: str) -> str:
-    """A uuid in a path, in its canonical form."""
-    try:
-        return str(uuid.UUID(value))
-    except ValueError as error:
-        raise Rejected(f"{name} in the path must be a uuid", code="request.invalid") from error
+    """A uuid in a path, in its canonical form (RFC 9562: small letters)."""
+    if not _UUID.fullmatch(value):
+        raise Rejected(f"{name} in the path must be a uuid", code="request.invalid")
+    return value.lower()
 
 
 def query_text(req: Request, name: str, *, most: int = 255) -> str | None:
@@ -209,10 +217,16 @@ def query_integer(req: Request, name: str, default: int, least: int, most: int) 
     raw = req.get_param(name)
     if raw is None:
         return default
-    value = int(raw) if re.fullmatch(r"-?[0-9]{1,18}", raw) else None
+    value = int(raw) if re.fullmatch(r"-?[0-9]{1,19}", raw) else None
     if value is None or not least <= value <= most:
         Fields({}).refuse(name, f"must be a whole number from {least} to {most}")
     return value
+
+
+def prefers(req: Request, preference: str) -> bool:
+    """Whether the header Prefer names `preference`, as a token without a value (RFC 7240)."""
+    given = (req.get_header("Prefer") or "").split(",")
+    return preference in (one.partition(";")[0].strip().lower() for one in given)
 
 
 def idempotency_key(req: Request) -> str | None:

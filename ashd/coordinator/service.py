@@ -76,6 +76,8 @@ class Health:
             "remoteRunners": total.runners,
         }
 
+    on_head = on_get
+
 
 class Ready:
     """/ready: 200 when the database answers and its schema is this version's."""
@@ -90,6 +92,8 @@ class Ready:
         if missing:
             raise Unavailable(f"Migrations are missing: {', '.join(missing)}; run `ashd migrate`", code="not_migrated")
         resp.media = {"status": "ready"}
+
+    on_head = on_get
 
 
 class Metrics:

@@ -39,6 +39,8 @@ _SERVER_KEYS = ("url", "command", "args", "env")
 class Sessions:
     """/api/sessions"""
 
+    starts_work_on = "POST"
+
     def __init__(self, services: Services) -> None:
         self._services = services
 
@@ -58,7 +60,6 @@ class Sessions:
         resp.media = answer
 
     async def on_post(self, req: Request, resp: Response) -> None:
-        problems.starts_work(req)
         body = await json_object(req, self._services.config.max_json_body)
         new = _new_session(tenant_of(req), body, idempotency_key(req))
         if new.limits != "{}":

@@ -32,7 +32,7 @@ class Slots:
         self._folder = Path()
 
     def when_ready(self, arbiter: Any) -> None:
-        """Begins with an empty folder. ORDER: the port is ours by now, so what lies there is of a master that is gone."""
+        """Begins with an empty folder. ORDER: the port is ours by now, so what lies there belongs to nobody."""
         if self._data_dir is None:
             self._folder = Path(tempfile.mkdtemp(prefix="ashd-metrics-"))
         else:

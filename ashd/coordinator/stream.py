@@ -19,8 +19,9 @@ from ashd.config.schema import CoordinatorConfig
 from ashd.coordinator import metrics
 from ashd.coordinator.dispatch import Dispatcher, Launch
 from ashd.coordinator.fleet import Fleet
-from ashd.coordinator.follow import Call, Discarded, Follower, first_answer
+from ashd.coordinator.follow import Discarded, Follower
 from ashd.coordinator.frames import KEEP_ALIVE, Frames
+from ashd.coordinator.runner_stream import RunnerStream
 from ashd.coordinator.timing import TurnTiming
 from ashd.coordinator.watch import Watch
 from ashd.domain.event import Cursor, EventKind
@@ -31,6 +32,7 @@ from ashd.wire.status import AHEAD
 from ashd.wire.v1 import runner_pb2
 
 _CHUNK_BYTES = 64 * 1024
+_ANSWER_TIMEOUT_S = 5.0
 _HAND_OVER = b": this coordinator is stopping; reconnect with the last id\n\n"
 
 
@@ -76,13 +78,13 @@ class SessionStreams:
             yield frames.failed(turn.id, why, turn.error_code or "turn.not_run", last_seq=turn.last_seq or last_seq)
             return
         try:
-            call = await self._launched(admitted)
+            stream = await self._launched(admitted)
         except AshdError as error:
             yield frames.failed(turn.id, error.message, error.code, last_seq=last_seq)
             return
         follower = Follower(self._db, self._fleet, self._watch, turn.session_id, admitted.epoch, start.place)
         first = True
-        async with contextlib.aclosing(_chunks(frames, follower, call, None, until=turn.id, timing=timing)) as chunks:
+        async with contextlib.aclosing(_chunks(frames, follower, stream, None, until=turn.id, timing=timing)) as chunks:
             async for chunk in chunks:
                 if first and not admitted.replayed:  # a request repeated is not a turn admitted
                     metrics.FIRST_EVENT_SECONDS.observe(time.perf_counter() - admitted_at)
@@ -91,7 +93,7 @@ class SessionStreams:
         if not admitted.replayed:
             metrics.TURN_SECONDS.observe(time.perf_counter() - admitted_at)
 
-    async def _launched(self, admitted: turns.Admitted) -> Call | None:
+    async def _launched(self, admitted: turns.Admitted) -> RunnerStream | None:
         """The stream of a turn just launched; None for one that is followed from where the session is now.
 
         Raises Rejected, NotFound: it was refused and is settled.
@@ -100,9 +102,9 @@ class SessionStreams:
             return None
         launch, settled = _launch_of(admitted), False
         try:
-            call = await self._dispatcher.launch(launch)
+            stream = await self._dispatcher.launch(launch)
             settled = True
-            return call
+            return stream
         except Unavailable:
             return None
         except AshdError:
@@ -134,10 +136,10 @@ class SessionStreams:
             opening += frames.reset(after)
         place = (after.seq, after.deltas_seen)
         follower = Follower(self._db, self._fleet, self._watch, session.id, session.epoch, place)
-        call = await self._opened(session, place)
-        self._send(resp, self._attached_chunks(opening, frames, follower, call, session))
+        stream = await self._opened(session, place)
+        self._send(resp, self._attached_chunks(opening, frames, follower, stream, session))
 
-    async def _opened(self, session: sessions.Session, place: tuple[int, int]) -> Call | None:
+    async def _opened(self, session: sessions.Session, place: tuple[int, int]) -> RunnerStream | None:
         """The runner's stream, so that a cursor it refuses is refused; None where it can't be had now."""
         if session.status != "active" or session.runner_address is None:
             return None
@@ -145,17 +147,16 @@ class SessionStreams:
             session_id=session.id, epoch=session.epoch, after_seq=place[0], after_part=place[1]
         )
         runner = self._fleet.runner(session.runner_address)
-        call: Call = runner.StreamEvents(request, metadata=self._fleet.metadata)
+        call = runner.StreamEvents(request, metadata=self._fleet.metadata)
         try:
-            await first_answer(call, "StreamEvents")
+            return await RunnerStream(call, "StreamEvents").opened(_ANSWER_TIMEOUT_S)
         except AshdError as error:
             if error.code == AHEAD:
                 raise Rejected("The cursor names an event this session does not have", code=AHEAD) from None
             return None
-        return call
 
     async def _attached_chunks(
-        self, opening: bytes, frames: Frames, follower: Follower, call: Call | None, session: sessions.Session
+        self, opening: bytes, frames: Frames, follower: Follower, stream: RunnerStream | None, session: sessions.Session
     ) -> AsyncGenerator[bytes]:
         yield opening
         location = sessions.Location(
@@ -167,7 +168,7 @@ class SessionStreams:
             session.last_seq,
             session.open_turn_id,
         )
-        async with contextlib.aclosing(_chunks(frames, follower, call, location)) as chunks:
+        async with contextlib.aclosing(_chunks(frames, follower, stream, location)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -183,7 +184,7 @@ class SessionStreams:
 async def _chunks(
     frames: Frames,
     follower: Follower,
-    call: Call | None,
+    stream: RunnerStream | None,
     location: sessions.Location | None,
     *,
     until: str | None = None,
@@ -192,7 +193,7 @@ async def _chunks(
     """The frames of what a follower finds, several to a chunk; until the session ends, or the turn `until` does."""
     while True:
         try:
-            async with contextlib.aclosing(follower.batches(call, location)) as batches:
+            async with contextlib.aclosing(follower.batches(stream, location)) as batches:
                 async for batch in batches:
                     chunk = bytearray()
                     for event in batch:
@@ -209,7 +210,7 @@ async def _chunks(
                         yield bytes(chunk)
             return
         except Discarded as discarded:
-            call = location = None
+            stream = location = None
             yield frames.reset(Cursor(discarded.epoch, discarded.seq))
 
 

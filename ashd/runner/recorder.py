@@ -80,7 +80,8 @@ class Recorder:
                     return _Part(sandbox, share, reader.place)
                 sandbox.recorded_to = reader.place
         except Corrupt as error:
-            sandbox.log.error("journal is corrupt", error=str(error))
+            sandbox.log.error("journal is corrupt, ending the sandbox", error=str(error))
+            self._supervisor.end_session(sandbox.session, sandbox.epoch, "journal_corrupt")
         finally:
             reader.close()
         return None

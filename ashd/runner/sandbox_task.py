@@ -107,6 +107,8 @@ class SandboxTask:
                 hello: dict[str, Any] = json.loads(await self._reader.readline())["hello"]
                 if hello["life"] == "jailing":
                     hello |= json.loads(await self._reader.readline())
+                    if hello["life"] != "warm" or "closed" in hello:
+                        raise SandboxFailed("the jail could not be entered", code="jail.failed")
         except (OSError, TimeoutError, ValueError) as error:
             raise SandboxFailed(f"the keeper does not answer: {error!r}", code="keeper.silent") from None
         self.keeper_pid = hello["pid"]
@@ -160,16 +162,24 @@ class SandboxTask:
             if waiting is not None and not waiting.done():
                 waiting.set_result(said)
         elif "grew" in said:
-            self.last_seq = said["grew"]
-            self._follow_turn(said["open_turn"])
-            self.grew.ring()
-            self._on_growth(self)
+            self._grow(said["grew"], said["open_turn"])
         elif said.get("life") == "ready":
             self.learn(Fact.LOADED)
         elif "timing" in said:
             print(json.dumps(said["timing"]), file=sys.stderr, flush=True)
         elif "closed" in said:
             self.log.info("sandbox closed", cause=said["closed"])
+
+    def catch_up(self, hello: dict[str, Any]) -> None:
+        """What a keeper says at a new connection makes good for what was missed on the old one."""
+        if self.session:
+            self._grow(hello["last_seq"], hello["open_turn"])
+
+    def _grow(self, last_seq: int, open_turn: str) -> None:
+        self.last_seq = last_seq
+        self._follow_turn(open_turn)
+        self.grew.ring()
+        self._on_growth(self)
 
     def _follow_turn(self, open_turn: str) -> None:
         if open_turn and not self.open_turn:

@@ -160,6 +160,8 @@ class Supervisor:
         """A warm sandbox: forked, jailed, nobody's. Raises SandboxFailed, Unavailable."""
         sandbox_id = str(uuid.uuid4())
         folder = self._folder / sandbox_id
+        if "uid" in self.enforced and not self._free_uids:
+            raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
         uid = self._free_uids.pop() if "uid" in self.enforced else None
         sandbox = SandboxTask(sandbox_id, folder, uid, self._has_grown)
         self._sandboxes[sandbox_id] = sandbox
@@ -271,6 +273,8 @@ class Supervisor:
     def _older_or_same(self, claim: Claim) -> SandboxTask | None:
         """The session's sandbox if it is the claim's own; one of an older lease is ended."""
         sandbox = self._by_session.get(claim.session)
+        if sandbox is not None and sandbox.epoch == claim.epoch and sandbox.state in (State.ENDING, State.GONE):
+            raise Unavailable("the session's sandbox here is ending", code="sandbox.gone")
         if sandbox is None or sandbox.epoch == claim.epoch:
             return sandbox
         if sandbox.epoch > claim.epoch:
@@ -396,7 +400,7 @@ class Supervisor:
                 sandbox.log.error("keeper hung up and does not answer, killing it")
                 _kill(sandbox.keeper_pid)
             with contextlib.suppress(SandboxFailed):
-                await sandbox.connect(_RECONNECT_PAUSE_S)
+                sandbox.catch_up(await sandbox.connect(_RECONNECT_PAUSE_S))
                 return True
             await asyncio.sleep(_RECONNECT_PAUSE_S)
         return False

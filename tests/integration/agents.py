@@ -68,7 +68,7 @@ async def turn(message, session):
 FLOOD = {
     "agent.py": """
 async def turn(message, session):
-    text = "x" * 1000
+    text = "x" * 4000
     delta = {"type": "stream_event", "event": {"type": "content_block_delta", "index": 0,
              "delta": {"type": "text_delta", "text": text}}}
     for _ in range(int(message.text)):

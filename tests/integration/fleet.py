@@ -364,11 +364,13 @@ class Fleet:
         processes = psutil.process_iter(["cmdline", "cwd"])
         return [one for one in processes if str(one.info["cwd"] or "").startswith(str(self.folder))]
 
+    def keepers_of(self, session: str) -> list[psutil.Process]:
+        title, processes = f"ashd: keeper {session}", psutil.process_iter(["cmdline"])
+        return [one for one in processes if " ".join(one.info["cmdline"] or []).strip() == title]
+
     def keeper_of(self, session: str) -> psutil.Process:
-        for process in psutil.process_iter(["cmdline"]):
-            if " ".join(process.info["cmdline"] or []).strip() == f"ashd: keeper {session}":
-                return process
-        raise AssertionError(f"no keeper of {session}")
+        (keeper,) = self.keepers_of(session)
+        return keeper
 
     def stop(self) -> list[str]:
         """Ends everything; what was left behind, which should be nothing."""

@@ -27,6 +27,7 @@ from ashd.errors import Unavailable
 from ashd.store import bundles, events, keys, runners, sessions, turns
 from ashd.store.events import MESSAGE, SETTLED, Batch, NewEvent
 from ashd.store.pool import Database
+from tests.integration.conforms import complaints
 
 KEY = "static-key"
 SECRET = "internal"
@@ -89,10 +90,11 @@ class House:
     readers: Readers
 
     async def ask(self, method: str, path: str, expect: int = 200, **kwargs: Any) -> Any:
-        """The answer's JSON; fails unless its status is `expect`."""
+        """The answer's JSON; fails unless its status is `expect`, and it is what the API's document says."""
         kwargs.setdefault("headers", AUTH)
         answer = await self.http.simulate_request(method, path, **kwargs)
         assert answer.status_code == expect, answer.text
+        assert not complaints(method, path, expect, answer.json)
         if expect >= 400:
             assert set(answer.json) - {"admitted"} == {"error", "statusCode", "code", "retryable"}
         return answer.json
@@ -261,9 +263,9 @@ async def test_health_counts_the_fleet_and_answers_without_a_database(opened: An
         assert health["pool"]["preWarmHits"] == 4
         assert health["coordinatorId"] == "host-1"
         text = (await house.http.simulate_get("/metrics")).text
-        assert 'ash_up{coordinator="host-1"} 1\n' in text
-        assert 'ash_pool_sandboxes{state="waiting"} 3\n' in text
-        assert "ash_pool_max_capacity 7\n" in text
+        assert 'ash_up{coordinator="host-1"} 1.0\n' in text
+        assert 'ash_pool_sandboxes{state="waiting"} 3.0\n' in text
+        assert "ash_pool_max_capacity 7.0\n" in text
     async with a_house(f"postgresql://ashd@/x?host={tmp_path}", tmp_path) as house:
         assert (await house.ask("GET", "/health", headers={}))["remoteRunners"] == 0
         ready = await house.http.simulate_get("/ready")

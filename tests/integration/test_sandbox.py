@@ -397,6 +397,14 @@ for process in started:
 # ---------------------------------------------------------------- the keeper's own end
 
 
+def test_a_daemon_does_not_outlive_its_keeper_either(host: Host) -> None:
+    sandbox = host.agent(OBEYS, jailed=False)
+    assert end_of(sandbox.turn(DAEMON))["outcome"] == "completed"
+    assert len(sandbox.processes()) == 2
+    os.kill(sandbox.keeper, signal.SIGKILL)
+    until(lambda: sandbox.processes() == set(), "the zygote has killed what was left")
+
+
 def test_a_killed_keeper_takes_its_jail_along_and_its_ledger_can_be_closed(host: Host) -> None:
     sandbox = host.agent(OBEYS)
     sandbox.start_turn("Path('begun').touch(); time.sleep(99)")

@@ -342,6 +342,16 @@ def test_a_session_of_an_agent_that_cannot_load_is_refused_with_the_reason(api: 
     assert refused.body["code"] == "agent.import_failed"
     (session,) = api.call("GET", "/api/sessions?agent=broken").body["sessions"]
     assert session["status"] == "error"
+    for _ in range(2):  # the same answer for the same key, not a session that never began
+        keyed = api.call("POST", "/api/sessions", {"agent": "broken"}, Idempotency_Key="broken")
+        assert keyed.status == 400 and "nothing_like_this" in keyed.body["error"]
+
+
+def test_a_variable_that_cannot_be_stored_is_refused_before_anything_begins(api: Api) -> None:
+    api.deploy("hello", agents.HELLO)
+    raw = b'{"agent": "hello", "extraEnv": {"A": "\\ud800"}}'
+    refused = api.call("POST", "/api/sessions", raw=raw, Content_Type="application/json")
+    assert refused.status == 400 and "extraEnv.A" in refused.body["error"]
 
 
 def test_a_slow_client_of_a_flood_costs_no_memory(api: Api, shared: Fleet) -> None:
@@ -351,7 +361,7 @@ def test_a_slow_client_of_a_flood_costs_no_memory(api: Api, shared: Fleet) -> No
     supervisors = [psutil.Process(runner.process.pid) for runner in shared.runners]
     watched = [*workers, *supervisors, shared.keeper_of(session)]
     before = [process.memory_info().rss for process in watched]
-    stream = api.send(session, "100000", read=False, includePartialMessages=True)  # 100 MB, and nobody reads
+    stream = api.send(session, "125000", read=False, includePartialMessages=True)  # 500 MB, and nobody reads
     eventually(lambda: api.get_session(session)["openTurnId"] is None, 90)
     grown = [process.memory_info().rss - rss for process, rss in zip(watched, before, strict=True)]
     assert max(grown) < 40 << 20, grown

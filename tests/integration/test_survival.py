@@ -206,11 +206,27 @@ def test_a_dead_runner_is_swept_its_turn_lost_and_fenced_when_it_returns(fleet: 
     runner.kill()
     assert stream.ended.wait(30)
     assert stream.frames[-1].event == "done" and stream.frames[-1].data["outcome"] == "lost"
+    assert stream.named("error")[0].data["code"] == "turn.lost" and stream.named("error")[0].data["retryable"]
     assert api.get_session(session)["status"] == "paused"
     runner.start()
     eventually(lambda: not keeper.is_running())  # its lease is over: Register said so
     saved = api.events(session)
     assert [event["sequence"] for event in saved] == list(range(1, len(saved) + 1))
+
+
+def test_a_silent_runner_keeps_no_stream_waiting(fleet: Fleet) -> None:
+    """A host that is cut off closes nothing: its supervisor is stopped, not killed."""
+    api = fleet.add_coordinator(config="runner_dead_after: 2s\nsweep_interval: 500ms\n")
+    runner = fleet.add_runner()
+    session, stream = start_slow_turn(api)
+    runner.process.send_signal(signal.SIGSTOP)
+    try:
+        assert stream.ended.wait(30)
+        assert stream.frames[-1].event == "done" and stream.frames[-1].data["outcome"] == "lost"
+        assert api.get_session(session)["status"] == "paused"
+    finally:
+        runner.process.send_signal(signal.SIGCONT)
+    eventually(lambda: not fleet.keepers_of(session))  # its lease is over
 
 
 def test_a_full_runner_refuses_and_says_so(fleet: Fleet) -> None:
