@@ -423,7 +423,7 @@ def _objects() -> Data:
 def _bodies() -> Data:
     most = 2**31 - 1
     files = _object({"path": {"type": "string"}, "content": {"type": "string", "contentEncoding": "base64"}})
-    prompt = {"type": "string", "minLength": 1, "maxLength": 1_000_000}
+    prompt = {"type": "string", "minLength": 1, "maxLength": 1_000_000, "examples": ["You are a kind assistant."]}
     free = {"type": "object"}
     source = {"required": ["source"], "properties": {"type": {"enum": ["image", "document"]}, "source": free}}
     text = {"required": ["text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
@@ -446,7 +446,7 @@ def _bodies() -> Data:
             "oneOf": [{"required": [name]} for name in ("files", "path", "systemPrompt")],
         },
         "NewSession": _object(
-            {"agent": {"type": "string", "minLength": 1, "maxLength": 255}},
+            {"agent": {"type": "string", "minLength": 1, "maxLength": 255, "examples": ["hello"]}},
             {
                 "extraEnv": {**_ENV, "description": "Wins over the agent's."},
                 "model": _MODEL,
@@ -463,7 +463,8 @@ def _bodies() -> Data:
                     "oneOf": [
                         {"type": "string", "minLength": 1, "maxLength": messages.MAX_CONTENT},
                         {**_array(block), "minItems": 1, "maxItems": messages.MAX_BLOCKS},
-                    ]
+                    ],
+                    "examples": ["Hello!"],
                 }
             },
             {
@@ -479,7 +480,7 @@ def _bodies() -> Data:
         "RunnerRegistration": _object(
             {
                 "runnerId": _RUNNER_ID,
-                "host": {"type": "string", "minLength": 1, "maxLength": 255},
+                "host": {"type": "string", "minLength": 1, "maxLength": 255, "examples": ["10.0.0.2"]},
                 "port": _integer(1, 65535),
                 "maxSandboxes": _integer(0, most),
             }
@@ -527,8 +528,8 @@ _UUID: Data = {"type": "string", "format": "uuid"}
 _TIME: Data = {"type": "string", "format": "date-time", "examples": ["2026-01-31T12:00:00.000Z"]}
 _TEXT: Data = {"text/plain": {"schema": {"type": "string"}}}
 _POSTED = (400, 401, 413, 415, 503)
-_AGENT_NAME: Data = {"type": "string", "pattern": f"^{agents.NAME.pattern}$"}
-_RUNNER_ID: Data = {"type": "string", "pattern": f"^{RUNNER_ID.pattern}$"}
+_AGENT_NAME: Data = {"type": "string", "pattern": f"^{agents.NAME.pattern}$", "examples": ["hello"]}
+_RUNNER_ID: Data = {"type": "string", "pattern": f"^{RUNNER_ID.pattern}$", "examples": ["runner-1"]}
 _MODEL: Data = {"type": "string", "maxLength": 100}
 _OUTCOME: Data = {"enum": ["completed", "interrupted", "failed", "lost", "oom", "timeout"]}
 _TEXTS: Data = {"type": "array", "items": {"type": "string"}, "maxItems": 1000}

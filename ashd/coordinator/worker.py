@@ -7,6 +7,7 @@ Checked against gunicorn 27.0; each override says what it stands in for.
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from typing import Any
 
@@ -14,6 +15,8 @@ from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.glogging import Logger
 from gunicorn.workers import gasgi
 from setproctitle import setproctitle
+
+_HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
 
 class Connection(ASGIProtocol):  # type: ignore[misc]
@@ -48,8 +51,15 @@ class CoordinatorWorker(gasgi.ASGIWorker):  # type: ignore[misc]
         self.idle: set[Connection] = set()
 
     def init_process(self) -> None:
+        # RACE: until the event loop runs, whoever gets a signal forgets it: the master's handler, inherited over the
+        # fork, or uvloop's. The master would wait graceful_timeout for a worker that doesn't know. So it is held back.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         setproctitle("ashd: coordinator worker")
         super().init_process()
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        self.loop.call_soon(signal.pthread_sigmask, signal.SIG_UNBLOCK, _HELD_BACK)
 
     def notify(self) -> None:
         """Called each second once the servers listen; the first time, sets what the worker doesn't pass on to its

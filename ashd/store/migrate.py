@@ -37,6 +37,7 @@ _REPEATABLE = (
     psycopg.errors.DeadlockDetected,
     psycopg.errors.UniqueViolation,
     psycopg.errors.DuplicateTable,
+    psycopg.errors.DuplicateObject,  # the table's row type
 )
 
 

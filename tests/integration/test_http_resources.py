@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import io
+import json
 import stat
 import tarfile
 import time
@@ -22,6 +24,7 @@ from falcon.asgi import Request, Response
 from ashd.config.schema import CoordinatorConfig
 from ashd.coordinator.app import build_app
 from ashd.coordinator.auth import ensure_initial_key
+from ashd.coordinator.lifespan import Coordinator
 from ashd.coordinator.services import Services
 from ashd.errors import Unavailable
 from ashd.store import bundles, events, keys, runners, sessions, turns
@@ -234,6 +237,41 @@ async def test_cors_answers_listed_origins_only_and_never_with_credentials(opene
         assert "access-control-allow-origin" not in silent.headers
 
 
+async def test_probes_may_ask_for_headers_only(opened: Any) -> None:
+    async with opened() as house:
+        for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json"):
+            got, head = await house.http.simulate_get(path), await house.http.simulate_head(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"] == got.headers["content-type"]
+        refused = await house.http.simulate_head("/api/agents", headers=AUTH)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, POST, OPTIONS")
+
+
+async def test_a_refused_key_is_challenged_and_nothing_was_started(opened: Any) -> None:
+    async with opened() as house:
+        for path in ("/api/sessions", f"/api/sessions/{uuid.uuid4()}/messages"):
+            answer = await house.http.simulate_post(path, json={})
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert answer.json["admitted"] == "no"
+        assert "admitted" not in (await house.http.simulate_get("/api/sessions")).json
+
+
+async def test_methods_and_protocols_that_are_not_ours_are_refused(opened: Any) -> None:
+    async with opened() as house:
+        for method in ("FETCH", "WEBSOCKET"):  # the second is Falcon's own name for something else
+            assert (await house.http.simulate_request(method, "/health")).status_code == 400
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    await Coordinator(CoordinatorConfig())({"type": "websocket"}, receive, send)
+    assert sent == [{"type": "websocket.close"}]
+
+
 async def test_workers_starting_at_once_mint_one_initial_key(database_url: str, tmp_path: Path) -> None:
     folders = [tmp_path / "host1", tmp_path / "host2"]
     configs = [CoordinatorConfig(database_url=database_url, data_dir=folders[n % 2]) for n in range(6)]
@@ -430,6 +468,24 @@ async def test_a_bad_session_is_refused_by_field(opened: Any, body: dict[str, An
         assert (await house.ask("GET", "/api/sessions"))["sessions"] == []
 
 
+async def test_free_objects_come_back_as_they_were_or_are_refused(opened: Any) -> None:
+    async with opened() as house:
+        await house.with_runner()
+        await house.ask("POST", "/api/agents", 201, json=ECHO)
+        odd = {"a\u0000": "\ud800", "é": [1.5, None]}
+        body = json.dumps({"agent": "echo", "subagents": odd}).encode()
+        assert (await house.ask("POST", "/api/sessions", 201, body=body))["session"]["config"] == {"subagents": odd}
+        body = json.dumps({"agent": "echo", "extraEnv": {"A": "\ud800"}}).encode()
+        answer = await house.ask("POST", "/api/sessions", 400, body=body)
+        assert answer["error"] == "extraEnv.A must be a string without NUL or lone surrogates"
+        body = b'{"agent": "echo", "subagents": {"a": 1e999}}'  # Python reads it as infinity, which no JSON can hold
+        answer = await house.ask("POST", "/api/sessions", 400, body=body)
+        assert (answer["code"], answer["admitted"]) == ("body.invalid_json", "no")
+        zipped = {**AUTH, "Content-Encoding": "gzip"}
+        answer = await house.ask("POST", "/api/sessions", 415, body=gzip.compress(b"{}"), headers=zipped)
+        assert "Content-Encoding" in answer["error"]
+
+
 async def test_sessions_say_why_they_cannot_start(opened: Any) -> None:
     async with opened() as house:
         missing = await house.ask("POST", "/api/sessions", 404, json={"agent": "x"})
@@ -453,10 +509,13 @@ async def test_sessions_say_why_they_cannot_start(opened: Any) -> None:
     [
         "/api/sessions/not-a-uuid",
         "/api/sessions/not-a-uuid/messages",
+        f"/api/sessions/{uuid.UUID(int=0).hex}",
+        f"/api/sessions/urn:uuid:{uuid.UUID(int=0)}",
         "/api/sessions?limit=0",
         "/api/sessions?limit=1001",
         "/api/sessions?limit=x",
         "/api/sessions?offset=-1",
+        "/api/sessions?offset=99999999999999999999",
         "/api/sessions?status=nice",
         "/api/sessions?agent=%00",
         "/api/sessions?label=x",
@@ -504,6 +563,26 @@ async def test_a_message_may_be_left_alone(opened: Any) -> None:
         path = f"/api/sessions/{session['id']}/messages"
         turn = (await house.ask("POST", path, 202, json={"content": "x"}, headers=headers))["turn"]
         assert [admitted.turn.id for admitted in house.readers.launched] == [turn["id"]]
+
+
+@pytest.mark.parametrize(
+    ("prefer", "status"),
+    [
+        ("Respond-Async", 202),
+        ("return=minimal, respond-async; x=1, wait=10", 202),
+        ("return=minimal", 200),
+        ("x=respond-async", 200),
+        ("respond-async-never", 200),
+    ],
+)
+async def test_preferences_are_read_as_http_says(opened: Any, prefer: str, status: int) -> None:
+    async with opened() as house:
+        await house.with_runner()
+        await house.ask("POST", "/api/agents", 201, json=ECHO)
+        path = f"/api/sessions/{(await house.session())['id']}/messages"
+        answer = await house.http.simulate_post(path, json={"content": "x"}, headers={**AUTH, "Prefer": prefer})
+        assert answer.status_code == status
+        assert answer.headers.get("preference-applied") == ("respond-async" if status == 202 else None)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +664,8 @@ async def test_runners_register_beat_and_leave_over_http(opened: Any) -> None:
         beat = {"runnerId": "r9", "stats": {"warm": 2, "running": 1}, "activeCount": 3}
         await house.ask("POST", f"{post}/heartbeat", 404, json=beat, headers=INTERNAL)
         body = {"runnerId": "r9", "host": "10.0.0.9", "port": 4200, "maxSandboxes": 20}
-        await house.ask("POST", f"{post}/register", 400, json={**body, "port": 0}, headers=INTERNAL)
+        for wrong in ({"port": 0}, {"runnerId": "a b"}, {"runnerId": "a\n"}):
+            await house.ask("POST", f"{post}/register", 400, json={**body, **wrong}, headers=INTERNAL)
         assert await house.ask("POST", f"{post}/register", json=body, headers=INTERNAL) == {"ok": True}
         await house.ask("POST", f"{post}/heartbeat", json=beat, headers=INTERNAL)
         answer = await house.ask("GET", post, headers=INTERNAL)

@@ -175,7 +175,7 @@ def test_an_agent_that_dies_settles_its_turn_and_pauses_the_session(api: Api) ->
 
 
 def test_an_agent_over_its_memory_limit_ends_as_oom(api: Api, shared: Fleet) -> None:
-    if not all("cgroup-memory" in runner.log.read_text() for runner in shared.runners):
+    if any("missing=cgroup-memory" in runner.log.read_text() for runner in shared.runners):
         pytest.skip("no memory cgroup may be written on this host")
     api.deploy("hungry", agents.HUNGRY)
     session = api.session("hungry")
