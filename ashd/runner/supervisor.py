@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Supervisor:
         self._folder = state_dir / "sandboxes"
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._bundles = bundles
-        self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id)}")
+        self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._zygote = ZygoteProcess(config.spawn_timeout)
         self._sandboxes: dict[str, SandboxTask] = {}
         self._by_session: dict[str, SandboxTask] = {}
@@ -542,8 +543,11 @@ def _uids(text: str) -> list[int]:
     return list(range(int(last), int(first) - 1, -1))
 
 
-def _cgroup_name(runner_id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", runner_id)
+def _cgroup_name(runner_id: str, state_dir: Path) -> str:
+    """One of this runner's own. What is found there at a start and isn't in state_dir is killed, so an id alone, which
+    somebody may have given twice on this host, is not enough.
+    """
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', runner_id)}-{zlib.crc32(bytes(state_dir)):08x}"
 
 
 def _owner_of(path: Path) -> int | None:
