@@ -115,6 +115,8 @@ class SandboxTask:
         return hello
 
     async def _open(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
         folder = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
         try:  # through the descriptor, because a socket's path may have 107 bytes only
             self._reader, self._writer = await asyncio.open_unix_connection(

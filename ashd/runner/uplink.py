@@ -60,7 +60,6 @@ class Uplink:
         self._config = config
         self._identity = identity
         self._metadata: Metadata = bearer(secret)
-        self._secret = secret
         self._stub: RunnerRegistryAsyncStub | None = None
         self._linked = asyncio.Event()
         self._beats = 0
