@@ -30,6 +30,7 @@ from ashd.config.schema import RunnerConfig
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import AshdError, NotFound, Rejected, SandboxFailed, Unavailable
 from ashd.runner import cgroup, workspace
+from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.workspace import BundleCache
 from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
@@ -92,6 +93,7 @@ class Supervisor:
         """Starts the zygote, adopts what lives, and from then on owns its tasks in `tasks`."""
         self._tasks = tasks
         started = asyncio.Event()
+        tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
         tasks.create_task(self._zygote.run(started), name="zygote")
         await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
         self.enforced = self._what_is_enforced()

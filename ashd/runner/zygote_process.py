@@ -57,6 +57,11 @@ class ZygoteProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self.allowed: dict[str, bool] = {}
 
+    @property
+    def pid(self) -> int | None:
+        """Of the zygote there is now."""
+        return None if self._process is None else self._process.pid
+
     async def run(self, started: asyncio.Event) -> None:
         """Keeps a zygote running until cancelled; `started` is set when the first one is ready."""
         backoff = Backoff()

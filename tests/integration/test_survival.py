@@ -115,6 +115,10 @@ def test_a_killed_zygote_is_replaced_and_live_sandboxes_do_not_notice(fleet: Fle
     assert_whole(api, session, [stream])
     for _ in range(4):  # more than were warm
         assert api.send(api.session("slow"), "1").done["outcome"] == "completed"
+    keeper = fleet.keeper_of(session)
+    assert keeper.ppid() == runner.process.pid  # an orphan of the dead zygote's, and ours to collect
+    api.call("DELETE", f"/api/sessions/{session}")
+    eventually(lambda: not psutil.pid_exists(keeper.pid))
 
 
 def test_a_killed_keeper_takes_its_jail_along_and_settles_the_turn(fleet: Fleet) -> None:
