@@ -81,6 +81,8 @@ def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
     set_title(f"ashd: bridge {claim['session_id']}")
     sys.dont_write_bytecode = True  # the workspace is the session's: nothing of ours in it
     workspace = Path(claim["workspace"])
+    if claim["data_limit"]:
+        jail.limit("DATA", claim["data_limit"])
     os.chdir(workspace)
     os.environ.clear()  # SECURITY: an allow-list; what the host's environment holds is none of the agent's business
     os.environ.update(

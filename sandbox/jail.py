@@ -104,7 +104,7 @@ def enter(spec: JailSpec) -> None:
         unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)
         _build_mounts(spec.reveal)
     for name, value in spec.rlimits.items():
-        _limit(getattr(resource, f"RLIMIT_{name}"), value)
+        limit(name, value)
     if spec.uid is not None:
         os.setgroups([])
         os.setresgid(spec.uid, spec.uid, spec.uid)
@@ -114,7 +114,9 @@ def enter(spec: JailSpec) -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, "prctl(PR_SET_PDEATHSIG)")
 
 
-def _limit(which: int, value: int) -> None:
+def limit(name: str, value: int) -> None:
+    """Sets a limit of getrlimit(2), soft and hard; never above the hard one there is."""
+    which = getattr(resource, f"RLIMIT_{name}")
     _, hard = resource.getrlimit(which)
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)

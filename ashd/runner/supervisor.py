@@ -1,8 +1,8 @@
 """The supervisor: decides about sandboxes, owns each one's task, and may die at any moment.
 
-Covers: spawning, warming, claiming, launching turns, ending, adopting after a restart, cleaning up.
-Leaves out: what the wire says (service.py), what goes up to coordinators (uplink.py), one keeper's conversation
-(sandbox_task.py).
+Covers: warming, claiming, launching turns, ending, adopting after a restart.
+Leaves out: what a sandbox is made of on this host (sandbox_host.py), one keeper's conversation (sandbox_task.py), what
+the wire says (service.py), what goes up to coordinators (uplink.py).
 
 All it knows it can rebuild: from `<state_dir>/sandboxes/*/` and the keepers' sockets, and from what a coordinator
 answers to Register.
@@ -14,12 +14,10 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +27,10 @@ from ashd import log
 from ashd.config.schema import RunnerConfig
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import AshdError, NotFound, Rejected, SandboxFailed, Unavailable
-from ashd.runner import cgroup, workspace
-from ashd.runner.orphans import collect_orphans
+from ashd.runner import workspace
+from ashd.runner.sandbox_host import SandboxHost
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.workspace import BundleCache
-from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
 from ashd.wire.status import FULL, NOT_HERE, STALE
 from sandbox import ledger
 from sandbox.journal import Corrupt
@@ -68,49 +65,33 @@ class Supervisor:
 
     def __init__(self, config: RunnerConfig, state_dir: Path, runner_id: str, bundles: BundleCache) -> None:
         self._config = config
-        self._folder = state_dir / "sandboxes"
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._bundles = bundles
-        self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
-        self._zygote = ZygoteProcess(config.spawn_timeout)
+        self._host = SandboxHost(config, state_dir, runner_id)
         self._sandboxes: dict[str, SandboxTask] = {}
         self._by_session: dict[str, SandboxTask] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._refill = asyncio.Event()
         self._starting: dict[str, _Starting] = {}
-        self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
         self.to_record: dict[str, SandboxTask] = {}
         self.has_to_record = asyncio.Event()
         self.capacity_changed = asyncio.Event()
         self.draining = False
         self.warm_hits = 0
         self.cold_starts = 0
-        self.enforced: list[str] = []
+
+    @property
+    def enforced(self) -> list[str]:
+        """What this host lets us enforce on sandboxes."""
+        return self._host.enforced
 
     # ------------------------------------------------------------ beginning and end
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Starts the zygote, adopts what lives, and from then on owns its tasks in `tasks`."""
         self._tasks = tasks
-        started = asyncio.Event()
-        tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
-        tasks.create_task(self._zygote.run(started), name="zygote")
-        await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
-        self.enforced = self._what_is_enforced()
+        await self._host.open(tasks)
         await self._adopt_all()
         tasks.create_task(self._keep_warm(), name="warm pool")
-
-    def _what_is_enforced(self) -> list[str]:
-        allowed = self._zygote.allowed
-        enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges"]
-        if allowed["uid"] and self._free_uids:
-            enforced.append("uid")
-        if allowed["namespaces"]:
-            enforced += ["pid-namespace", "mount-namespace", "ipc-namespace"]
-        for name, without in _WITHOUT.items():
-            if name not in enforced:
-                _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
-        return enforced
 
     async def end_all(self, cause: str) -> None:
         """Ends every sandbox, warm ones too, and waits until they are gone or the kill ladder has run out."""
@@ -120,7 +101,7 @@ class Supervisor:
             async with asyncio.timeout(self._config.kill_timeout + 2.0):
                 for sandbox in list(self._sandboxes.values()):
                     await sandbox.gone.wait()
-        cgroup.remove_parents(self._hierarchies)
+        self._host.close()
 
     async def settle_open_turns(self, timeout_s: float) -> None:
         """Waits for open turns to end, at most so long."""
@@ -162,68 +143,20 @@ class Supervisor:
     async def _spawn(self) -> SandboxTask:
         """A warm sandbox: forked, jailed, nobody's. Raises SandboxFailed, Unavailable."""
         sandbox_id = str(uuid.uuid4())
-        folder = self._folder / sandbox_id
-        if "uid" in self.enforced and not self._free_uids:
-            raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
-        uid = self._free_uids.pop() if "uid" in self.enforced else None
-        sandbox = SandboxTask(sandbox_id, folder, uid, self._has_grown)
+        folder = self._host.folder / sandbox_id
+        sandbox = SandboxTask(sandbox_id, folder, self._host.take_uid(), self._has_grown)
         self._sandboxes[sandbox_id] = sandbox
         try:
-            groups = self._make_room(sandbox)
-            await self._zygote.fork(self._fork_request(sandbox, groups))
-            await sandbox.connect(self._config.spawn_timeout)
-        except (AshdError, OSError) as error:
-            await self._clean_up(sandbox)
-            if isinstance(error, AshdError):
-                raise
-            raise SandboxFailed(f"no sandbox could be made: {error}", code="sandbox.not_made") from error
-        except asyncio.CancelledError:
+            await self._host.make(sandbox)
+        except (AshdError, asyncio.CancelledError):
             await self._clean_up(sandbox)
             raise
-        sandbox.enforced = self.enforced
         sandbox.learn(Fact.FORKED)
         self._own(sandbox)
         if sandbox.state is State.ENDING:  # told so while it was being made
             sandbox.tell("end")
             raise Unavailable("this runner is stopping", code=FULL)
         return sandbox
-
-    def _make_room(self, sandbox: SandboxTask) -> list[Path]:
-        """The sandbox's folder, workspace and cgroups. Raises OSError."""
-        # Where the jail hides the folders above, this one may be closed to everyone; else its user has to pass.
-        closed = "mount-namespace" in self.enforced or sandbox.uid is None
-        sandbox.folder.mkdir(mode=0o700 if closed else 0o711)
-        sandbox.workspace.mkdir(mode=0o700)
-        if sandbox.uid is not None:
-            os.chown(sandbox.workspace, sandbox.uid, sandbox.uid)
-        limits = self._config.limits
-        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
-
-    def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
-        limits, journal = self._config.limits, self._config.journal
-        rlimits = {"NOFILE": limits.open_files, "FSIZE": limits.file_size, "CORE": 0}
-        if sandbox.uid is not None:
-            rlimits["NPROC"] = limits.processes  # counted per user id: only right where the sandbox has its own
-        if "cgroup-memory" not in self.enforced:
-            rlimits["DATA"] = limits.memory  # the last resort: per process, not per sandbox
-        return {
-            "sandbox": sandbox.id,
-            "folder": str(sandbox.folder),
-            "jail": {
-                "namespaces": "mount-namespace" in self.enforced,
-                "uid": sandbox.uid,
-                "cgroups": [str(group) for group in groups],
-                "reveal": [*revealed_folders(), str(sandbox.workspace)],
-                "rlimits": rlimits,
-            },
-            "bounds": {
-                "max_frame": journal.max_frame,
-                "segment_bytes": journal.segment_bytes,
-                "max_journal_bytes": journal.max_bytes,
-                "max_log_bytes": journal.max_log_bytes,
-                "kill_timeout_s": self._config.kill_timeout,
-            },
-        }
 
     async def _keep_warm(self) -> None:
         """Refills the warm pool whenever one was taken."""
@@ -305,7 +238,7 @@ class Supervisor:
         self.capacity_changed.set()
         steps.done("take")
         try:
-            self._limit(sandbox, claim)
+            self._host.limit(sandbox, claim.memory_bytes, claim.processes)
             await asyncio.to_thread(workspace.lay_out, bundle, sandbox.workspace, sandbox.uid)
             steps.done("workspace")
             await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim))
@@ -319,14 +252,6 @@ class Supervisor:
         if self._config.debug_timing:
             steps.write(sandbox)
         return sandbox
-
-    def _limit(self, sandbox: SandboxTask, claim: Claim) -> None:
-        """An agent's or session's own limits, which only go down from the runner's."""
-        most = self._config.limits
-        memory = min(claim.memory_bytes or most.memory, most.memory)
-        processes = min(claim.processes or most.processes, most.processes)
-        if (memory, processes) != (most.memory, most.processes):
-            cgroup.create(self._hierarchies, sandbox.id, memory, processes)
 
     def _claim_fields(self, sandbox: SandboxTask, claim: Claim) -> dict[str, Any]:
         return {
@@ -346,6 +271,7 @@ class Supervisor:
                 "max_frame": self._config.journal.max_frame,
                 "timing": self._config.debug_timing,
                 "real_sdk": self._config.real_sdk,
+                "data_limit": self._host.data_limit(claim.memory_bytes),
             },
         }
 
@@ -413,7 +339,7 @@ class Supervisor:
         sandbox.learn(Fact.KEEPER_DIED)
         sandbox.hang_up()
         self.capacity_changed.set()
-        await self._end_processes(sandbox)
+        await self._host.end_processes(sandbox)
         if sandbox.session:
             await self._save_the_rest(sandbox)
         await self._clean_up(sandbox)
@@ -444,20 +370,13 @@ class Supervisor:
         book.writer.close()
         return book.writer.last.seq
 
-    async def _end_processes(self, sandbox: SandboxTask) -> None:
-        if not await cgroup.remove(self._hierarchies, sandbox.id):
-            sandbox.log.error("processes of a sandbox would not die")
-
     async def _clean_up(self, sandbox: SandboxTask) -> None:
         """Nothing of the sandbox is left on this host."""
         sandbox.hang_up()
-        await self._end_processes(sandbox)
-        await asyncio.to_thread(workspace.remove, sandbox.folder)
+        await self._host.unmake(sandbox)
         self._sandboxes.pop(sandbox.id, None)
         if self._by_session.get(sandbox.session) is sandbox:
             del self._by_session[sandbox.session]
-        if sandbox.uid is not None:
-            self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
         sandbox.gone.set()
         self._refill.set()
         self.capacity_changed.set()
@@ -471,20 +390,16 @@ class Supervisor:
 
     async def _adopt_all(self) -> None:
         """Takes over what a supervisor before us left: live sandboxes, journals not saved yet, and litter."""
-        folders = [folder for folder in self._folder.iterdir() if folder.is_dir()]
-        for name in cgroup.leftovers(self._hierarchies, {folder.name for folder in folders}):
-            await cgroup.remove(self._hierarchies, name)
+        folders = await self._host.found()
         for folder in folders:
             await self._adopt(folder)
         if folders:
             _log.info("sandboxes adopted", found=len(folders), live=len(list(self.live())))
 
     async def _adopt(self, folder: Path) -> None:
-        sandbox = SandboxTask(folder.name, folder, _owner_of(folder / "workspace"), self._has_grown)
+        sandbox = SandboxTask(folder.name, folder, self._host.uid_of(folder), self._has_grown)
         sandbox.enforced = self.enforced
         self._sandboxes[sandbox.id] = sandbox
-        if sandbox.uid in self._free_uids:
-            self._free_uids.remove(sandbox.uid)
         lease = _read_lease(folder / "session.json")
         if lease is not None:
             sandbox.belong_to(lease["session"], lease["epoch"], 0)
@@ -526,38 +441,11 @@ class Supervisor:
 _SCRIPTS = ("install.sh", "startup.sh")
 """Of the agent's folder, run in each fresh sandbox before its first turn, in this order."""
 
-_WITHOUT = {
-    "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
-    "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
-    "uid": "sandboxes run as this user and can reach its files, other sandboxes' among them",
-    "mount-namespace": "sandboxes see the host's files and processes",
-}
-
 
 def _kill(pid: int) -> None:
     if pid:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _uids(text: str) -> list[int]:
-    first, _, last = text.partition("-")
-    return list(range(int(last), int(first) - 1, -1))
-
-
-def _cgroup_name(runner_id: str, state_dir: Path) -> str:
-    """One of this runner's own. What is found there at a start and isn't in state_dir is killed, so an id alone, which
-    somebody may have given twice on this host, is not enough.
-    """
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', runner_id)}-{zlib.crc32(bytes(state_dir)):08x}"
-
-
-def _owner_of(path: Path) -> int | None:
-    try:
-        owner = path.lstat().st_uid
-    except OSError:
-        return None
-    return owner if owner != os.geteuid() else None
 
 
 def _read_lease(path: Path) -> dict[str, Any] | None:

@@ -231,6 +231,7 @@ class Sandbox:
             "settings": {},
             "path": f"{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin",
             "startup": [name for name in ("install.sh", "startup.sh") if name in files],
+            "data_limit": 0,
             "max_frame": BOUNDS["max_frame"],
             "timing": False,
             "real_sdk": True,

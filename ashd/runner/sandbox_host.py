@@ -1,0 +1,180 @@
+"""What this host gives sandboxes and takes back: folders, user ids, cgroups, and the zygote's forks.
+
+Covers: making one sandbox and leaving nothing of it behind; what the host lets us enforce.
+Leaves out: when and for whom (supervisor.py), the groups (cgroup.py), the jail (the room `sandbox`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from ashd import log
+from ashd.config.schema import RunnerConfig
+from ashd.errors import SandboxFailed, Unavailable
+from ashd.runner import cgroup, workspace
+from ashd.runner.orphans import collect_orphans
+from ashd.runner.sandbox_task import SandboxTask
+from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
+from ashd.wire.status import FULL
+
+_log = log.get(__name__)
+
+_WITHOUT = {
+    "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
+    "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
+    "uid": "sandboxes run as this user and can reach its files, other sandboxes' among them",
+    "mount-namespace": "sandboxes see the host's files and processes",
+}
+
+
+class SandboxHost:
+    """The resources of one runner's sandboxes."""
+
+    def __init__(self, config: RunnerConfig, state_dir: Path, runner_id: str) -> None:
+        self._config = config
+        self.folder = state_dir / "sandboxes"
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
+        self._zygote = ZygoteProcess(config.spawn_timeout)
+        self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
+        self.enforced: list[str] = []
+
+    async def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here."""
+        started = asyncio.Event()
+        tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
+        tasks.create_task(self._zygote.run(started), name="zygote")
+        await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
+        self.enforced = self._what_is_enforced()
+
+    def close(self) -> None:
+        """Gives back what all sandboxes shared, once they are gone."""
+        cgroup.remove_parents(self._hierarchies)
+
+    def _what_is_enforced(self) -> list[str]:
+        allowed = self._zygote.allowed
+        enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges"]
+        if allowed["uid"] and self._free_uids:
+            enforced.append("uid")
+        if allowed["namespaces"]:
+            enforced += ["pid-namespace", "mount-namespace", "ipc-namespace"]
+        for name, without in _WITHOUT.items():
+            if name not in enforced:
+                _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
+        return enforced
+
+    # ------------------------------------------------------------ one sandbox
+
+    def take_uid(self) -> int | None:
+        """A user id for one sandbox; None where sandboxes can't have their own. Raises Unavailable: all are taken."""
+        if "uid" not in self.enforced:
+            return None
+        if not self._free_uids:
+            raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
+        return self._free_uids.pop()
+
+    def uid_of(self, folder: Path) -> int | None:
+        """The user id a sandbox of an earlier supervisor has; it is taken from now on."""
+        try:
+            owner = (folder / "workspace").lstat().st_uid
+        except OSError:
+            return None
+        if owner in self._free_uids:
+            self._free_uids.remove(owner)
+        return owner if owner != os.geteuid() else None
+
+    async def make(self, sandbox: SandboxTask) -> None:
+        """Forks and jails it, and connects to its keeper. Raises SandboxFailed, Unavailable."""
+        try:
+            groups = self._make_room(sandbox)
+        except OSError as error:
+            raise SandboxFailed(f"no sandbox could be made: {error}", code="sandbox.not_made") from error
+        await self._zygote.fork(self._fork_request(sandbox, groups))
+        await sandbox.connect(self._config.spawn_timeout)
+        sandbox.enforced = self.enforced
+
+    def _make_room(self, sandbox: SandboxTask) -> list[Path]:
+        """The sandbox's folder, workspace and cgroups. Raises OSError."""
+        # Where the jail hides the folders above, this one may be closed to everyone; else its user has to pass.
+        closed = "mount-namespace" in self.enforced or sandbox.uid is None
+        sandbox.folder.mkdir(mode=0o700 if closed else 0o711)
+        sandbox.workspace.mkdir(mode=0o700)
+        if sandbox.uid is not None:
+            os.chown(sandbox.workspace, sandbox.uid, sandbox.uid)
+        limits = self._config.limits
+        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
+
+    def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
+        limits, journal = self._config.limits, self._config.journal
+        rlimits = {"NOFILE": limits.open_files, "FSIZE": limits.file_size, "CORE": 0}
+        if sandbox.uid is not None:
+            rlimits["NPROC"] = limits.processes  # counted per user id: only right where the sandbox has its own
+        if "cgroup-memory" not in self.enforced:
+            rlimits["DATA"] = self.data_limit(0)  # the last resort: per process, not per sandbox
+        return {
+            "sandbox": sandbox.id,
+            "folder": str(sandbox.folder),
+            "jail": {
+                "namespaces": "mount-namespace" in self.enforced,
+                "uid": sandbox.uid,
+                "cgroups": [str(group) for group in groups],
+                "reveal": [*revealed_folders(), str(sandbox.workspace)],
+                "rlimits": rlimits,
+            },
+            "bounds": {
+                "max_frame": journal.max_frame,
+                "segment_bytes": journal.segment_bytes,
+                "max_journal_bytes": journal.max_bytes,
+                "max_log_bytes": journal.max_log_bytes,
+                "kill_timeout_s": self._config.kill_timeout,
+            },
+        }
+
+    def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
+        """An agent's or session's own limits (0 = none), which only go down from the runner's. Raises OSError."""
+        most = self._config.limits
+        memory = min(memory_bytes or most.memory, most.memory)
+        processes = min(processes or most.processes, most.processes)
+        if (memory, processes) != (most.memory, most.processes):
+            cgroup.create(self._hierarchies, sandbox.id, memory, processes)
+
+    def data_limit(self, memory_bytes: int) -> int:
+        """What each process of a sandbox may allocate, where no cgroup limits the sandbox; 0 = no such limit."""
+        most = self._config.limits.memory
+        return 0 if "cgroup-memory" in self.enforced else min(memory_bytes or most, most)
+
+    async def end_processes(self, sandbox: SandboxTask) -> None:
+        """Nothing of the sandbox runs any more, where it has a cgroup."""
+        if not await cgroup.remove(self._hierarchies, sandbox.id):
+            sandbox.log.error("processes of a sandbox would not die")
+
+    async def unmake(self, sandbox: SandboxTask) -> None:
+        """Nothing of the sandbox is left on this host."""
+        await self.end_processes(sandbox)
+        await asyncio.to_thread(workspace.remove, sandbox.folder)
+        if sandbox.uid is not None:
+            self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
+
+    async def found(self) -> list[Path]:
+        """Folders of sandboxes that an earlier supervisor left; groups without a folder are removed."""
+        folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
+        for name in cgroup.leftovers(self._hierarchies, {folder.name for folder in folders}):
+            await cgroup.remove(self._hierarchies, name)
+        return folders
+
+
+def _uids(text: str) -> list[int]:
+    first, _, last = text.partition("-")
+    return list(range(int(last), int(first) - 1, -1))
+
+
+def _cgroup_name(runner_id: str, state_dir: Path) -> str:
+    """One of this runner's own. What is found there at a start and isn't in state_dir is killed, so an id alone, which
+    somebody may have given twice on this host, is not enough.
+    """
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', runner_id)}-{zlib.crc32(bytes(state_dir)):08x}"
