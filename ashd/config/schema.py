@@ -119,7 +119,7 @@ class CoordinatorConfig:
     """Largest agent bundle or file upload; streamed to disk, never held in memory."""
 
     idle_timeout: Seconds = setting(Seconds(1800.0), "ASH_IDLE_TIMEOUT_MS")
-    """A session without a turn for this long may be paused. The variable is in milliseconds."""
+    """Time without a turn after which a session may be paused (no effect yet). The variable is in milliseconds."""
 
     create_timeout: Seconds = setting(Seconds(60.0))
     """A session still `starting` after this becomes `error`."""
