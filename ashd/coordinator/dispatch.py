@@ -154,9 +154,9 @@ class Dispatcher:
     async def launch(self, launch: Launch) -> RunnerStream:
         """Launches an accepted turn, patiently; the stream of its events, its first batch read.
 
-        A turn that can't be launched any more is settled, and the reason raised: Rejected, NotFound. Raises
-        Unavailable, with the turn still accepted, when the runner doesn't answer for long; the sweep tries again.
-        WAITS: _LAUNCH_PATIENCE_S.
+        A turn that can't be launched any more is settled, and the reason raised: Rejected. Raises Unavailable when the
+        runner doesn't answer for long, with the turn still accepted (the sweep tries again), and when the turn turns
+        out to be launched already. WAITS: _LAUNCH_PATIENCE_S.
         """
         backoff = Backoff(first_s=0.05, most_s=1.0)
         deadline = asyncio.get_running_loop().time() + _LAUNCH_PATIENCE_S
@@ -168,8 +168,7 @@ class Dispatcher:
                     raise
                 await asyncio.sleep(backoff.next_s(random.random()))
             except (NotFound, Rejected) as refusal:
-                await self._give_up(launch, refusal)
-                raise
+                raise await self._given_up(launch, refusal) from None
 
     async def _open(self, launch: Launch) -> RunnerStream:
         request = runner_pb2.StartTurnRequest(
@@ -182,13 +181,18 @@ class Dispatcher:
         call = self._fleet.runner(launch.runner_address).StartTurn(request, metadata=self._fleet.metadata)
         return await RunnerStream(call, "StartTurn").opened(_ANSWER_TIMEOUT_S)
 
-    async def _give_up(self, launch: Launch, why: AshdError) -> None:
-        """Settles a turn its runner has refused: it was not launched and never will be."""
+    async def _given_up(self, launch: Launch, why: AshdError) -> AshdError:
+        """Settles a turn its runner has refused, and says how it ended: Rejected, it was not run and never will be.
+
+        Unavailable: it was launched all the same, in an attempt whose answer was lost, or its session has moved on; the
+        database knows. A sandbox goes only when all it journaled is recorded, so `accepted` there is the truth.
+        """
         if why.code in (NOT_HERE, STALE):
-            text, code = "The session's sandbox is gone; the turn was not run.", "sandbox.gone"
-        else:
-            text, code = why.message, why.code
-        await turns.settle_unlaunched(self._db, launch.turn, launch.epoch, outcome="failed", error=text, code=code)
+            why = Rejected("The session's sandbox is gone; the turn was not run.", code="sandbox.gone")
+        settled = await turns.settle_unlaunched(
+            self._db, launch.turn, launch.epoch, outcome="failed", error=why.message, code=why.code
+        )
+        return why if settled else Unavailable("The turn is not waiting to be launched any more", code="turn.launched")
 
     def launch_unwatched(self, launch: Launch) -> None:
         """Launches a turn nobody listens to."""
