@@ -13,6 +13,7 @@ from setproctitle import setproctitle
 from ashd import log
 from ashd.config.schema import CoordinatorConfig
 from ashd.coordinator.slots import Slots
+from ashd.coordinator.worker import hold_signals_over_forks
 from ashd.domain.restart import Backoff
 from ashd.errors import AshdError, Unavailable
 from ashd.store.migrate import migrate
@@ -38,6 +39,7 @@ def serve(config: CoordinatorConfig) -> int:
     except AshdError as error:
         _log.error("coordinator could not start", code=error.code, error=error.message)
         return 1
+    hold_signals_over_forks()
     try:
         Gunicorn(config).run()
     except SystemExit as end:  # gunicorn's way of ending

@@ -7,6 +7,7 @@ Checked against gunicorn 27.0; each override says what it stands in for.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 from typing import Any
@@ -17,6 +18,18 @@ from gunicorn.workers import gasgi
 from setproctitle import setproctitle
 
 _HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
+
+
+def hold_signals_over_forks() -> None:
+    """For the master: a worker is born with these signals blocked, and unblocks them when its event loop runs.
+
+    RACE: until then, whoever gets a signal forgets it: the master's handler, inherited over the fork, or uvloop's; and
+    the master would wait graceful_timeout for a worker that doesn't know. Blocked, it stays pending (signal(7)).
+    """
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK),
+    )
 
 
 class Connection(ASGIProtocol):  # type: ignore[misc]
@@ -51,9 +64,6 @@ class CoordinatorWorker(gasgi.ASGIWorker):  # type: ignore[misc]
         self.idle: set[Connection] = set()
 
     def init_process(self) -> None:
-        # RACE: until the event loop runs, whoever gets a signal forgets it: the master's handler, inherited over the
-        # fork, or uvloop's. The master would wait graceful_timeout for a worker that doesn't know. So it is held back.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         setproctitle("ashd: coordinator worker")
         super().init_process()
 
