@@ -5,7 +5,7 @@ Leaves out: reading files and the environment (loader.py), human units (units.py
 
 A setting's docstring is its documentation: the commented files in conf/ are generated from it.
 Types tell the unit a value is written in: `Bytes` ("256MiB"), `Seconds` ("10s", "250ms"), `Path`, and plain
-str, int, float, bool, tuple[str, ...].
+str, int, bool, tuple[str, ...].
 """
 
 from __future__ import annotations
@@ -168,6 +168,12 @@ class SandboxLimits:
     file_size: Bytes = setting(Bytes(1024 * MIB))
     """Largest file a process may write."""
 
+    cpu_percent: int = setting(200)
+    """Processor time of the sandbox; 100 = one core."""
+
+    disk: Bytes = setting(Bytes(2048 * MIB))
+    """Space of the sandbox's workspace."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JournalConfig:
@@ -184,6 +190,9 @@ class JournalConfig:
 
     max_log_bytes: Bytes = setting(Bytes(4 * MIB))
     """Largest log (stdout and stderr of the agent) kept of one sandbox."""
+
+    max_events_per_s: int = setting(500)
+    """Saved events of one sandbox a second, over ten seconds; an agent that makes more has to wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +229,17 @@ class RunnerConfig:
     state_dir: Path | None = setting(None, "ASH_STATE_DIR")
     """Sandboxes, journals, workspaces and the bundle cache; default <ASH_DATA_DIR>/runner."""
 
+    isolation: str = setting("auto", "ASH_ISOLATION", choices=("auto", "strict", "standard", "none"))
+    """Least isolation of sandboxes; below it the runner does not start. `auto`: strict where the host can, else
+    standard with a warning. `none` is for agents you trust as yourself. `ashd doctor` shows what this host can."""
+
+    network: str = setting("none", "ASH_NETWORK", choices=("none", "host"))
+    """Network of agents that don't say: `none`, or `host`, which is all of this host's, its loopback included. Agents
+    of the claude runtime, which can't work without, get `host`."""
+
+    visible: tuple[str, ...] = setting(("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix"))
+    """Folders of this host that sandboxes may read; the interpreter ashd runs on is always among them."""
+
     uid_range: str = setting("210000-219999")
     """User ids given to sandboxes, one each, when the runner is privileged."""
 
@@ -228,6 +248,12 @@ class RunnerConfig:
 
     limits: SandboxLimits = field(default_factory=SandboxLimits)
     """Default and most of what one sandbox may use."""
+
+    memory_headroom: Bytes = setting(Bytes(512 * MIB), "ASH_MEMORY_HEADROOM", least=0)
+    """Memory of the host kept free: no session is admitted while less is available."""
+
+    memory_pressure: int = setting(20, most=100)
+    """No session is admitted while tasks of the host waited for memory more than this share of the last 10 s (%)."""
 
     journal: JournalConfig = field(default_factory=JournalConfig)
     """Bounds of a sandbox's journal."""

@@ -93,6 +93,21 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             await status.abort(context, error)
         return runner_pb2.InterruptTurnResponse(interrupted=interrupted)
 
+    async def ListSandboxes(
+        self, request: runner_pb2.ListSandboxesRequest, context: Context
+    ) -> runner_pb2.ListSandboxesResponse:
+        return runner_pb2.ListSandboxesResponse(
+            sandboxes=[
+                runner_pb2.Sandbox(
+                    sandbox_id=sandbox.id,
+                    session_id=sandbox.session,
+                    epoch=sandbox.epoch,
+                    state=sandbox.state.value,
+                )
+                for sandbox in self._supervisor.all()
+            ]
+        )
+
     async def EndSession(
         self, request: runner_pb2.EndSessionRequest, context: Context
     ) -> runner_pb2.EndSessionResponse:

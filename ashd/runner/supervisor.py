@@ -117,6 +117,10 @@ class Supervisor:
         """Sandboxes that belong to a session."""
         return [sandbox for sandbox in self._by_session.values() if sandbox.takes_a_slot]
 
+    def all(self) -> Iterable[SandboxTask]:
+        """Every sandbox there is, warm ones too."""
+        return list(self._sandboxes.values())
+
     def leases(self) -> list[tuple[str, int]]:
         """Every (session, epoch) there is something of here: a sandbox, or events not saved yet."""
         return [(sandbox.session, sandbox.epoch) for sandbox in self._by_session.values()]

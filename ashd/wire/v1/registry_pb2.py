@@ -25,45 +25,55 @@ _sym_db = _symbol_database.Default()
 from ashd.wire.v1 import events_pb2 as ashd_dot_wire_dot_v1_dot_events__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61shd/wire/v1/registry.proto\x12\x0c\x61shd.wire.v1\x1a\x19\x61shd/wire/v1/events.proto\"1\n\x0cSessionLease\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\xb7\x01\n\x0fRegisterRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\x05\x12\x15\n\rmax_sandboxes\x18\x04 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08\x65nforced\x18\x07 \x03(\t\x12*\n\x06leases\x18\x08 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\":\n\x08Recorded\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0b\n\x03seq\x18\x03 \x01(\x03\"\x7f\n\x10RegisterResponse\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12(\n\x08recorded\x18\x02 \x03(\x0b\x32\x16.ashd.wire.v1.Recorded\x12)\n\x05stale\x18\x03 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"q\n\x06\x43ounts\x12\x0f\n\x07warming\x18\x01 \x01(\x05\x12\x0c\n\x04warm\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\x12\x0f\n\x07waiting\x18\x04 \x01(\x05\x12\x11\n\twarm_hits\x18\x05 \x01(\x03\x12\x13\n\x0b\x63old_starts\x18\x06 \x01(\x03\"L\n\x06Memory\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x19\n\x11per_sandbox_bytes\x18\x03 \x01(\x03\"\xc2\x01\n\x10HeartbeatRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12$\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x14.ashd.wire.v1.Counts\x12$\n\x06memory\x18\x03 \x01(\x0b\x32\x14.ashd.wire.v1.Memory\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12/\n\tinventory\x18\x05 \x01(\x0b\x32\x17.ashd.wire.v1.InventoryH\x00\x88\x01\x01\x42\x0c\n\n_inventory\"7\n\tInventory\x12*\n\x06leases\x18\x01 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"M\n\x11HeartbeatResponse\x12)\n\x05stale\x18\x01 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"&\n\x11\x44\x65registerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"W\n\rSessionEvents\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12#\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x13.ashd.wire.v1.Event\"Q\n\rRecordRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12-\n\x08sessions\x18\x02 \x03(\x0b\x32\x1b.ashd.wire.v1.SessionEvents\"e\n\x0eRecordResponse\x12(\n\x08recorded\x18\x01 \x03(\x0b\x32\x16.ashd.wire.v1.Recorded\x12)\n\x05stale\x18\x02 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"$\n\x12\x46\x65tchBundleRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x95\x03\n\x0eRunnerRegistry\x12I\n\x08Register\x12\x1d.ashd.wire.v1.RegisterRequest\x1a\x1e.ashd.wire.v1.RegisterResponse\x12P\n\tHeartbeat\x12\x1e.ashd.wire.v1.HeartbeatRequest\x1a\x1f.ashd.wire.v1.HeartbeatResponse(\x01\x30\x01\x12O\n\nDeregister\x12\x1f.ashd.wire.v1.DeregisterRequest\x1a .ashd.wire.v1.DeregisterResponse\x12G\n\x06Record\x12\x1b.ashd.wire.v1.RecordRequest\x1a\x1c.ashd.wire.v1.RecordResponse(\x01\x30\x01\x12L\n\x0b\x46\x65tchBundle\x12 .ashd.wire.v1.FetchBundleRequest\x1a\x19.ashd.wire.v1.BundleChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61shd/wire/v1/registry.proto\x12\x0c\x61shd.wire.v1\x1a\x19\x61shd/wire/v1/events.proto\"1\n\x0cSessionLease\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\xca\x01\n\x0fRegisterRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\x05\x12\x15\n\rmax_sandboxes\x18\x04 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x10\n\x08\x65nforced\x18\x07 \x03(\t\x12*\n\x06leases\x18\x08 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\x12\x11\n\tisolation\x18\t \x01(\t\":\n\x08Recorded\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0b\n\x03seq\x18\x03 \x01(\x03\"\x7f\n\x10RegisterResponse\x12\x16\n\x0e\x63oordinator_id\x18\x01 \x01(\t\x12(\n\x08recorded\x18\x02 \x03(\x0b\x32\x16.ashd.wire.v1.Recorded\x12)\n\x05stale\x18\x03 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"q\n\x06\x43ounts\x12\x0f\n\x07warming\x18\x01 \x01(\x05\x12\x0c\n\x04warm\x18\x02 \x01(\x05\x12\x0f\n\x07running\x18\x03 \x01(\x05\x12\x0f\n\x07waiting\x18\x04 \x01(\x05\x12\x11\n\twarm_hits\x18\x05 \x01(\x03\x12\x13\n\x0b\x63old_starts\x18\x06 \x01(\x03\"L\n\x06Memory\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x19\n\x11per_sandbox_bytes\x18\x03 \x01(\x03\"k\n\x05Usage\x12\x11\n\tpss_bytes\x18\x01 \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\x02 \x01(\x01\x12\x11\n\tprocesses\x18\x03 \x01(\x05\x12\x13\n\x0b\x64\x65scriptors\x18\x04 \x01(\x05\x12\x12\n\ndisk_bytes\x18\x05 \x01(\x03\"\xce\x03\n\x10HeartbeatRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12$\n\x06\x63ounts\x18\x02 \x01(\x0b\x32\x14.ashd.wire.v1.Counts\x12$\n\x06memory\x18\x03 \x01(\x0b\x32\x14.ashd.wire.v1.Memory\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12/\n\tinventory\x18\x05 \x01(\x0b\x32\x17.ashd.wire.v1.InventoryH\x00\x88\x01\x01\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.ashd.wire.v1.Usage\x12\x10\n\x08refusing\x18\x07 \x01(\t\x12<\n\x07orphans\x18\x08 \x03(\x0b\x32+.ashd.wire.v1.HeartbeatRequest.OrphansEntry\x12\x38\n\x05kills\x18\t \x03(\x0b\x32).ashd.wire.v1.HeartbeatRequest.KillsEntry\x1a.\n\x0cOrphansEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a,\n\nKillsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x42\x0c\n\n_inventory\"7\n\tInventory\x12*\n\x06leases\x18\x01 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"M\n\x11HeartbeatResponse\x12)\n\x05stale\x18\x01 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"&\n\x11\x44\x65registerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"W\n\rSessionEvents\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12#\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x13.ashd.wire.v1.Event\"Q\n\rRecordRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\x12-\n\x08sessions\x18\x02 \x03(\x0b\x32\x1b.ashd.wire.v1.SessionEvents\"e\n\x0eRecordResponse\x12(\n\x08recorded\x18\x01 \x03(\x0b\x32\x16.ashd.wire.v1.Recorded\x12)\n\x05stale\x18\x02 \x03(\x0b\x32\x1a.ashd.wire.v1.SessionLease\"$\n\x12\x46\x65tchBundleRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1b\n\x0b\x42undleChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x95\x03\n\x0eRunnerRegistry\x12I\n\x08Register\x12\x1d.ashd.wire.v1.RegisterRequest\x1a\x1e.ashd.wire.v1.RegisterResponse\x12P\n\tHeartbeat\x12\x1e.ashd.wire.v1.HeartbeatRequest\x1a\x1f.ashd.wire.v1.HeartbeatResponse(\x01\x30\x01\x12O\n\nDeregister\x12\x1f.ashd.wire.v1.DeregisterRequest\x1a .ashd.wire.v1.DeregisterResponse\x12G\n\x06Record\x12\x1b.ashd.wire.v1.RecordRequest\x1a\x1c.ashd.wire.v1.RecordResponse(\x01\x30\x01\x12L\n\x0b\x46\x65tchBundle\x12 .ashd.wire.v1.FetchBundleRequest\x1a\x19.ashd.wire.v1.BundleChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ashd.wire.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_HEARTBEATREQUEST_ORPHANSENTRY']._loaded_options = None
+  _globals['_HEARTBEATREQUEST_ORPHANSENTRY']._serialized_options = b'8\001'
+  _globals['_HEARTBEATREQUEST_KILLSENTRY']._loaded_options = None
+  _globals['_HEARTBEATREQUEST_KILLSENTRY']._serialized_options = b'8\001'
   _globals['_SESSIONLEASE']._serialized_start=72
   _globals['_SESSIONLEASE']._serialized_end=121
   _globals['_REGISTERREQUEST']._serialized_start=124
-  _globals['_REGISTERREQUEST']._serialized_end=307
-  _globals['_RECORDED']._serialized_start=309
-  _globals['_RECORDED']._serialized_end=367
-  _globals['_REGISTERRESPONSE']._serialized_start=369
-  _globals['_REGISTERRESPONSE']._serialized_end=496
-  _globals['_COUNTS']._serialized_start=498
-  _globals['_COUNTS']._serialized_end=611
-  _globals['_MEMORY']._serialized_start=613
-  _globals['_MEMORY']._serialized_end=689
-  _globals['_HEARTBEATREQUEST']._serialized_start=692
-  _globals['_HEARTBEATREQUEST']._serialized_end=886
-  _globals['_INVENTORY']._serialized_start=888
-  _globals['_INVENTORY']._serialized_end=943
-  _globals['_HEARTBEATRESPONSE']._serialized_start=945
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1022
-  _globals['_DEREGISTERREQUEST']._serialized_start=1024
-  _globals['_DEREGISTERREQUEST']._serialized_end=1062
-  _globals['_DEREGISTERRESPONSE']._serialized_start=1064
-  _globals['_DEREGISTERRESPONSE']._serialized_end=1084
-  _globals['_SESSIONEVENTS']._serialized_start=1086
-  _globals['_SESSIONEVENTS']._serialized_end=1173
-  _globals['_RECORDREQUEST']._serialized_start=1175
-  _globals['_RECORDREQUEST']._serialized_end=1256
-  _globals['_RECORDRESPONSE']._serialized_start=1258
-  _globals['_RECORDRESPONSE']._serialized_end=1359
-  _globals['_FETCHBUNDLEREQUEST']._serialized_start=1361
-  _globals['_FETCHBUNDLEREQUEST']._serialized_end=1397
-  _globals['_BUNDLECHUNK']._serialized_start=1399
-  _globals['_BUNDLECHUNK']._serialized_end=1426
-  _globals['_RUNNERREGISTRY']._serialized_start=1429
-  _globals['_RUNNERREGISTRY']._serialized_end=1834
+  _globals['_REGISTERREQUEST']._serialized_end=326
+  _globals['_RECORDED']._serialized_start=328
+  _globals['_RECORDED']._serialized_end=386
+  _globals['_REGISTERRESPONSE']._serialized_start=388
+  _globals['_REGISTERRESPONSE']._serialized_end=515
+  _globals['_COUNTS']._serialized_start=517
+  _globals['_COUNTS']._serialized_end=630
+  _globals['_MEMORY']._serialized_start=632
+  _globals['_MEMORY']._serialized_end=708
+  _globals['_USAGE']._serialized_start=710
+  _globals['_USAGE']._serialized_end=817
+  _globals['_HEARTBEATREQUEST']._serialized_start=820
+  _globals['_HEARTBEATREQUEST']._serialized_end=1282
+  _globals['_HEARTBEATREQUEST_ORPHANSENTRY']._serialized_start=1176
+  _globals['_HEARTBEATREQUEST_ORPHANSENTRY']._serialized_end=1222
+  _globals['_HEARTBEATREQUEST_KILLSENTRY']._serialized_start=1224
+  _globals['_HEARTBEATREQUEST_KILLSENTRY']._serialized_end=1268
+  _globals['_INVENTORY']._serialized_start=1284
+  _globals['_INVENTORY']._serialized_end=1339
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1341
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1418
+  _globals['_DEREGISTERREQUEST']._serialized_start=1420
+  _globals['_DEREGISTERREQUEST']._serialized_end=1458
+  _globals['_DEREGISTERRESPONSE']._serialized_start=1460
+  _globals['_DEREGISTERRESPONSE']._serialized_end=1480
+  _globals['_SESSIONEVENTS']._serialized_start=1482
+  _globals['_SESSIONEVENTS']._serialized_end=1569
+  _globals['_RECORDREQUEST']._serialized_start=1571
+  _globals['_RECORDREQUEST']._serialized_end=1652
+  _globals['_RECORDRESPONSE']._serialized_start=1654
+  _globals['_RECORDRESPONSE']._serialized_end=1755
+  _globals['_FETCHBUNDLEREQUEST']._serialized_start=1757
+  _globals['_FETCHBUNDLEREQUEST']._serialized_end=1793
+  _globals['_BUNDLECHUNK']._serialized_start=1795
+  _globals['_BUNDLECHUNK']._serialized_end=1822
+  _globals['_RUNNERREGISTRY']._serialized_start=1825
+  _globals['_RUNNERREGISTRY']._serialized_end=2230
 # @@protoc_insertion_point(module_scope)

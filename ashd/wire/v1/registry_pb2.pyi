@@ -55,6 +55,7 @@ class RegisterRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ENFORCED_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     host: _builtins.str
     port: _builtins.int
@@ -62,6 +63,8 @@ class RegisterRequest(_message.Message):
     address: _builtins.str
     """gRPC target coordinators use: host:port or unix:/path"""
     version: _builtins.str
+    isolation: _builtins.str
+    """strict, standard or none: what the self-test showed"""
     @_builtins.property
     def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what this host lets the runner enforce on sandboxes"""
@@ -79,10 +82,11 @@ class RegisterRequest(_message.Message):
         version: _builtins.str = ...,
         enforced: _abc.Iterable[_builtins.str] | None = ...,
         leases: _abc.Iterable[Global___SessionLease] | None = ...,
+        isolation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "enforced", b"enforced", "host", b"host", "leases", b"leases", "max_sandboxes", b"max_sandboxes", "port", b"port", "runner_id", b"runner_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "enforced", b"enforced", "host", b"host", "isolation", b"isolation", "leases", b"leases", "max_sandboxes", b"max_sandboxes", "port", b"port", "runner_id", b"runner_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,16 +214,96 @@ class Memory(_message.Message):
 Global___Memory: _TypeAlias = Memory  # noqa: Y015
 
 @_typing.final
+class Usage(_message.Message):
+    """What all sandboxes of a runner together use, from the last look at each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PSS_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    DESCRIPTORS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    pss_bytes: _builtins.int
+    cpu_seconds: _builtins.float
+    """since the runner started, of sandboxes that are gone too"""
+    processes: _builtins.int
+    descriptors: _builtins.int
+    disk_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        pss_bytes: _builtins.int = ...,
+        cpu_seconds: _builtins.float = ...,
+        processes: _builtins.int = ...,
+        descriptors: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "descriptors", b"descriptors", "disk_bytes", b"disk_bytes", "processes", b"processes", "pss_bytes", b"pss_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
 class HeartbeatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OrphansEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class KillsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     RUNNER_ID_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     INVENTORY_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    REFUSING_FIELD_NUMBER: _builtins.int
+    ORPHANS_FIELD_NUMBER: _builtins.int
+    KILLS_FIELD_NUMBER: _builtins.int
     runner_id: _builtins.str
     draining: _builtins.bool
+    refusing: _builtins.str
+    """why no session is admitted now, e.g. "memory"; empty = sessions are admitted"""
     @_builtins.property
     def counts(self) -> Global___Counts: ...
     @_builtins.property
@@ -227,6 +311,16 @@ class HeartbeatRequest(_message.Message):
     @_builtins.property
     def inventory(self) -> Global___Inventory:
         """Every few heartbeats the full list, so that both sides can be compared; otherwise absent."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def orphans(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """removed since the runner started, by kind: process, cgroup, folder, mount"""
+
+    @_builtins.property
+    def kills(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by cause, since the runner started: oom, tool_oom, disk, timeout"""
 
     def __init__(
         self,
@@ -236,10 +330,14 @@ class HeartbeatRequest(_message.Message):
         memory: Global___Memory | None = ...,
         draining: _builtins.bool = ...,
         inventory: Global___Inventory | None = ...,
+        usage: Global___Usage | None = ...,
+        refusing: _builtins.str = ...,
+        orphans: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        kills: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_inventory", b"_inventory", "counts", b"counts", "inventory", b"inventory", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_inventory", b"_inventory", "counts", b"counts", "inventory", b"inventory", "memory", b"memory", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inventory", b"_inventory", "counts", b"counts", "draining", b"draining", "inventory", b"inventory", "memory", b"memory", "runner_id", b"runner_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_inventory", b"_inventory", "counts", b"counts", "draining", b"draining", "inventory", b"inventory", "kills", b"kills", "memory", b"memory", "orphans", b"orphans", "refusing", b"refusing", "runner_id", b"runner_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__inventory: _TypeAlias = _typing.Literal["inventory"]  # noqa: Y015
     _WhichOneofArgType__inventory: _TypeAlias = _typing.Literal["_inventory", b"_inventory"]  # noqa: Y015

@@ -26,10 +26,15 @@ class Limits(_message.Message):
     PROCESSES_FIELD_NUMBER: _builtins.int
     OPEN_FILES_FIELD_NUMBER: _builtins.int
     FILE_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_PERCENT_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     processes: _builtins.int
     open_files: _builtins.int
     file_size_bytes: _builtins.int
+    cpu_percent: _builtins.int
+    """100 = one core"""
+    disk_bytes: _builtins.int
     def __init__(
         self,
         *,
@@ -37,10 +42,12 @@ class Limits(_message.Message):
         processes: _builtins.int = ...,
         open_files: _builtins.int = ...,
         file_size_bytes: _builtins.int = ...,
+        cpu_percent: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_size_bytes", b"file_size_bytes", "memory_bytes", b"memory_bytes", "open_files", b"open_files", "processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_percent", b"cpu_percent", "disk_bytes", b"disk_bytes", "file_size_bytes", b"file_size_bytes", "memory_bytes", b"memory_bytes", "open_files", b"open_files", "processes", b"processes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,6 +88,7 @@ class StartSessionRequest(_message.Message):
     SETTINGS_JSON_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
     TURNS_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     epoch: _builtins.int
     agent_name: _builtins.str
@@ -93,6 +101,8 @@ class StartSessionRequest(_message.Message):
     """saved events the session already has"""
     turns: _builtins.int
     """turns the session already had"""
+    network: _builtins.str
+    """none or host; empty = the runner's default"""
     @_builtins.property
     def entry(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """runtime python: one "module:function"; command: argv"""
@@ -117,10 +127,11 @@ class StartSessionRequest(_message.Message):
         settings_json: _builtins.str = ...,
         last_seq: _builtins.int = ...,
         turns: _builtins.int = ...,
+        network: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_name", b"agent_name", "bundle_digest", b"bundle_digest", "entry", b"entry", "env", b"env", "epoch", b"epoch", "last_seq", b"last_seq", "limits", b"limits", "runtime", b"runtime", "session_id", b"session_id", "settings_json", b"settings_json", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_name", b"agent_name", "bundle_digest", b"bundle_digest", "entry", b"entry", "env", b"env", "epoch", b"epoch", "last_seq", b"last_seq", "limits", b"limits", "network", b"network", "runtime", b"runtime", "session_id", b"session_id", "settings_json", b"settings_json", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,9 +144,12 @@ class StartSessionResponse(_message.Message):
     SANDBOX_ID_FIELD_NUMBER: _builtins.int
     WARM_FIELD_NUMBER: _builtins.int
     ENFORCED_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     warm: _builtins.bool
     """claimed from the warm pool"""
+    isolation: _builtins.str
+    """strict, standard or none"""
     @_builtins.property
     def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what the host lets the runner enforce on it, e.g. uid, pid-namespace, cgroup-memory"""
@@ -146,10 +160,11 @@ class StartSessionResponse(_message.Message):
         sandbox_id: _builtins.str = ...,
         warm: _builtins.bool = ...,
         enforced: _abc.Iterable[_builtins.str] | None = ...,
+        isolation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforced", b"enforced", "sandbox_id", b"sandbox_id", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforced", b"enforced", "isolation", b"isolation", "sandbox_id", b"sandbox_id", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -297,3 +312,95 @@ class EndSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
+
+@_typing.final
+class ListSandboxesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSandboxesRequest: _TypeAlias = ListSandboxesRequest  # noqa: Y015
+
+@_typing.final
+class ListSandboxesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sandbox]: ...
+    def __init__(
+        self,
+        *,
+        sandboxes: _abc.Iterable[Global___Sandbox] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sandboxes", b"sandboxes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSandboxesResponse: _TypeAlias = ListSandboxesResponse  # noqa: Y015
+
+@_typing.final
+class Sandbox(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ISOLATION_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    PSS_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    DESCRIPTORS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    sandbox_id: _builtins.str
+    session_id: _builtins.str
+    """empty: warm, nobody's"""
+    epoch: _builtins.int
+    state: _builtins.str
+    """warming, warm, claimed, waiting, running, ending"""
+    isolation: _builtins.str
+    pss_bytes: _builtins.int
+    """of the keeper and all processes inside"""
+    memory_bytes: _builtins.int
+    """as the cgroup counts it: page cache and kernel included; 0 where there is none"""
+    cpu_seconds: _builtins.float
+    processes: _builtins.int
+    descriptors: _builtins.int
+    disk_bytes: _builtins.int
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    def __init__(
+        self,
+        *,
+        sandbox_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        state: _builtins.str = ...,
+        isolation: _builtins.str = ...,
+        limits: Global___Limits | None = ...,
+        pss_bytes: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        cpu_seconds: _builtins.float = ...,
+        processes: _builtins.int = ...,
+        descriptors: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "descriptors", b"descriptors", "disk_bytes", b"disk_bytes", "epoch", b"epoch", "isolation", b"isolation", "limits", b"limits", "memory_bytes", b"memory_bytes", "processes", b"processes", "pss_bytes", b"pss_bytes", "sandbox_id", b"sandbox_id", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sandbox: _TypeAlias = Sandbox  # noqa: Y015

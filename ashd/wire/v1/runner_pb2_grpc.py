@@ -60,6 +60,11 @@ class RunnerStub:
                 request_serializer=ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionRequest.SerializeToString,
                 response_deserializer=ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSandboxes = channel.unary_unary(
+                '/ashd.wire.v1.Runner/ListSandboxes',
+                request_serializer=ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesRequest.SerializeToString,
+                response_deserializer=ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesResponse.FromString,
+                _registered_method=True)
 
 
 class RunnerServicer:
@@ -104,6 +109,13 @@ class RunnerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSandboxes(self, request, context):
+        """What each sandbox of this runner is and uses, from the last look at it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunnerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +143,11 @@ def add_RunnerServicer_to_server(servicer, server):
                     servicer.EndSession,
                     request_deserializer=ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionRequest.FromString,
                     response_serializer=ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'ListSandboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSandboxes,
+                    request_deserializer=ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesRequest.FromString,
+                    response_serializer=ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +285,33 @@ class Runner:
             '/ashd.wire.v1.Runner/EndSession',
             ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionRequest.SerializeToString,
             ashd_dot_wire_dot_v1_dot_runner__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSandboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ashd.wire.v1.Runner/ListSandboxes',
+            ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesRequest.SerializeToString,
+            ashd_dot_wire_dot_v1_dot_runner__pb2.ListSandboxesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class RunnerStub:
     """Asks the open turn to stop; it settles within the runner's kill_timeout."""
     EndSession: _grpc.UnaryUnaryMultiCallable[_runner_pb2.EndSessionRequest, _runner_pb2.EndSessionResponse]
     """Ends the sandbox of a session for good. Idempotent; an unknown session is fine."""
+    ListSandboxes: _grpc.UnaryUnaryMultiCallable[_runner_pb2.ListSandboxesRequest, _runner_pb2.ListSandboxesResponse]
+    """What each sandbox of this runner is and uses, from the last look at it."""
 
 @_typing.type_check_only
 class RunnerAsyncStub(RunnerStub):
@@ -70,6 +72,8 @@ class RunnerAsyncStub(RunnerStub):
     """Asks the open turn to stop; it settles within the runner's kill_timeout."""
     EndSession: _aio.UnaryUnaryMultiCallable[_runner_pb2.EndSessionRequest, _runner_pb2.EndSessionResponse]  # type: ignore[assignment]
     """Ends the sandbox of a session for good. Idempotent; an unknown session is fine."""
+    ListSandboxes: _aio.UnaryUnaryMultiCallable[_runner_pb2.ListSandboxesRequest, _runner_pb2.ListSandboxesResponse]  # type: ignore[assignment]
+    """What each sandbox of this runner is and uses, from the last look at it."""
 
 class RunnerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -118,5 +122,13 @@ class RunnerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_runner_pb2.EndSessionResponse, _abc.Awaitable[_runner_pb2.EndSessionResponse]]:
         """Ends the sandbox of a session for good. Idempotent; an unknown session is fine."""
+
+    @_abc_1.abstractmethod
+    def ListSandboxes(
+        self,
+        request: _runner_pb2.ListSandboxesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runner_pb2.ListSandboxesResponse, _abc.Awaitable[_runner_pb2.ListSandboxesResponse]]:
+        """What each sandbox of this runner is and uses, from the last look at it."""
 
 def add_RunnerServicer_to_server(servicer: RunnerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
