@@ -185,6 +185,7 @@ def _lower_its_oom_score(_: Bait) -> None:
 
 
 _CONTAINER = "in a container: give it CAP_SYS_ADMIN and an unconfined seccomp profile, or a virtual machine of its own"
+_NO_SUCH_USER = "set uid_range to ids that exist in this user namespace (/proc/self/uid_map)"
 _FILTER = "a kernel with CONFIG_SECCOMP_FILTER, on x86_64 or aarch64"
 _APART = "run the runner as root, so that each sandbox gets a user id of its own, or on a kernel with Landlock (5.13)"
 _ATTEMPTS: tuple[tuple[Callable[[Bait], None], str, str], ...] = (
@@ -266,9 +267,12 @@ def examine(level: str, setup: Setup) -> list[Finding]:
             (folder / name).mkdir(mode=0o711)
         if setup.uid is not None:
             for name in ("workspace", "scratch"):
-                os.chown(sandbox / name, setup.uid, setup.uid)
+                try:
+                    os.chown(sandbox / name, setup.uid, setup.uid)
+                except OSError as error:
+                    return [Finding("give a user of its own", level, False, str(error), _NO_SUCH_USER)]
         spec = JailSpec(level, setup.template, str(sandbox), setup.uid, [], setup.visible)
-        return _in_a_child(lambda: _jailed(spec, setup, bait))
+        return _in_a_child(level, lambda: _jailed(spec, setup, bait))
 
 
 def _lay_bait(folder: Path, stack: ExitStack) -> Bait:
@@ -293,7 +297,7 @@ def _jailed(spec: JailSpec, setup: Setup, bait: Bait) -> list[Finding]:
     if spec.level == STRICT:
         prepare(setup)
         syscalls.unshare(syscalls.CLONE_NEWPID)
-    return _in_a_child(lambda: _locked(spec, bait))
+    return _in_a_child(spec.level, lambda: _locked(spec, bait))
 
 
 def _locked(spec: JailSpec, bait: Bait) -> list[Finding]:
@@ -303,30 +307,30 @@ def _locked(spec: JailSpec, bait: Bait) -> list[Finding]:
     return _try_all(spec.level, bait)
 
 
-def _in_a_child(work: Callable[[], list[Finding]]) -> list[Finding]:
+def _in_a_child(level: str, work: Callable[[], list[Finding]]) -> list[Finding]:
     """What `work` finds, done in a forked child. One that can't even begin is a finding too."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(read_end)
-        _report(work, write_end)
+        _report(level, work, write_end)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         text = pipe.read(_MAX_REPORT_BYTES)
     _, status = os.waitpid(pid, 0)
     if not text:
-        return [Finding("enter the jail", STANDARD, False, f"it died with status {status}", _CONTAINER)]
+        return [Finding("enter the jail", level, False, f"it died with status {status}", _CONTAINER)]
     return [Finding(**values) for values in json.loads(text)]
 
 
-def _report(work: Callable[[], list[Finding]], pipe: int) -> NoReturn:
+def _report(level: str, work: Callable[[], list[Finding]], pipe: int) -> NoReturn:
     """FORK: never returns into the parent's code. WAITS: SIGALRM ends an attempt that hangs."""
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_DEADLINE_S)
         found = work()
     except OSError as error:
-        found = [Finding("enter the jail", STANDARD, False, str(error), _remedy_of(error))]
+        found = [Finding("enter the jail", level, False, str(error), _remedy_of(error))]
     try:
         os.write(pipe, json.dumps([asdict(finding) for finding in found]).encode())
     finally:

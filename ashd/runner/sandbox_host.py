@@ -41,8 +41,8 @@ class SandboxHost:
         self.folder = state_dir / "sandboxes"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
-        self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
         self._setup = selftest.setup_for(config, state_dir)
+        self._free_uids = _uids(config.uid_range) if self._setup.uid is not None else []
         self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
         self.isolation = ""
         self.enforced: list[str] = []
@@ -79,7 +79,7 @@ class SandboxHost:
 
     def take_uid(self) -> int | None:
         """A user id for one sandbox; None where sandboxes can't have their own. Raises Unavailable: all are taken."""
-        if os.geteuid() != 0:
+        if self._setup.uid is None:
             return None
         if not self._free_uids:
             raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)

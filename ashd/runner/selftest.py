@@ -7,7 +7,6 @@ themselves (sandbox/selftest.py, run by each zygote before anything else).
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ from sandbox.selftest import Finding, Setup
 
 _LEVELS = {"auto": ["strict", "standard"], "strict": ["strict"], "standard": ["standard"], "none": ["none"]}
 _STRICT = ("pid-namespace", "mount-namespace", "ipc-namespace", "network-namespace", "own-root")
+_CHANGES_USERS = 1 << 0 | 1 << 6 | 1 << 7
 _MAX_ANSWER_BYTES = 256 * 1024
 
 
@@ -64,28 +64,36 @@ def levels_for(config: RunnerConfig) -> list[str]:
     return _LEVELS[config.isolation]
 
 
+def may_change_users() -> bool:
+    """Whether we may make files and processes another user's: CAP_CHOWN, CAP_SETGID and CAP_SETUID."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16) & _CHANGES_USERS == _CHANGES_USERS
+    return False
+
+
 def setup_for(config: RunnerConfig, state_dir: Path) -> Setup:
     """How jails are made here."""
     template = state_dir / "root"
     template.mkdir(mode=0o755, exist_ok=True)
-    is_root = os.geteuid() == 0
-    if is_root and config.isolation != "none":
+    privileged = may_change_users()
+    if privileged and config.isolation != "none":
         state_dir.chmod(0o711)  # where there is no root of its own, a sandbox's user has to pass
     return Setup(
         template=str(template),
         visible=[*config.visible, *interpreter_folders()],
         hidden=[str(state_dir)],
-        uid=int(config.uid_range.partition("-")[0]) if is_root else None,
+        uid=int(config.uid_range.partition("-")[0]) if privileged else None,
     )
 
 
 def report_of(config: RunnerConfig, shown: Mapping[str, Any]) -> Report:
     """From what a zygote's self-test showed."""
     level = shown["level"]
-    is_root = os.geteuid() == 0
-    enforced = ["uid"] if is_root else []
+    privileged = may_change_users()
+    enforced = ["uid"] if privileged else []
     if level == "strict":
-        enforced += [*_STRICT] if is_root else ["user-namespace", *_STRICT]
+        enforced += [*_STRICT] if privileged else ["user-namespace", *_STRICT]
     if level != "none":
         enforced += ["seccomp", "landlock"] if landlock.version() else ["seccomp"]
     return Report(
