@@ -73,6 +73,12 @@ def status_of(pid: int, field: str) -> list[str]:
     raise KeyError(field)
 
 
+def text_of(records: list[Record]) -> str:
+    """What the agent said in whole messages."""
+    messages = [json.loads(record.payload) for record in records if record.type == "assistant"]
+    return "".join(block["text"] for message in messages for block in message["message"]["content"])
+
+
 class Zygote:
     """A running zygote; `shown` is what its self-test showed, `level` the isolation it gives."""
 
