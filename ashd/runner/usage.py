@@ -35,7 +35,7 @@ _LEAST_REST_S = 0.2
 _IDLE_S = 1.0
 _PLAN_LENGTH = 64
 _OFTEN_S = {True: 2.0, False: 10.0}
-"""Between two looks at a sandbox's cgroup: running ones, others."""
+"""Between two looks at a sandbox's cgroup: those that run or have run since, others."""
 _SELDOM_S = {True: 10.0, False: 60.0}
 """Between two looks at its processes, likewise."""
 
@@ -76,6 +76,7 @@ class _Record:
     def __init__(self, groups: list[Path]) -> None:
         self.usage = Usage()
         self.counters_at = self.processes_at = -1e9
+        self.seen: tuple[str, int] = ("", 0)
         self._memory = _first_there(groups, "memory.current", "memory.usage_in_bytes")
         unified = [group for group in groups if (group / "cgroup.controllers").exists()]  # 1's cpu.stat is another
         self._cpu = _first_there(groups, "cpuacct.usage") or _first_there(unified, "cpu.stat")
@@ -185,8 +186,8 @@ class Sampler:
         for sandbox in present:
             if not sandbox.keeper_pid or sandbox.state is State.GONE:
                 continue
-            runs = sandbox.state is State.RUNNING
             record = self._records.get(sandbox.id)
+            runs = sandbox.state is State.RUNNING or (record is not None and record.seen != _progress(sandbox))
             counters = (now - record.counters_at) / _OFTEN_S[runs] if record else 1e9
             seldom = (now - record.processes_at) / _SELDOM_S[runs] if record else 1e9
             if max(counters, seldom) >= 1.0:
@@ -205,12 +206,18 @@ class Sampler:
         record.look_at_counters(sandbox.keeper_pid)
         record.counters_at = time.monotonic()
         if processes_too:
+            record.seen = _progress(sandbox)
             record.look_at_processes(sandbox.keeper_pid)
             record.processes_at = record.counters_at
         self.looks += 1
         with self._lock:
             if sandbox.state is not State.GONE:  # RACE: it may have been closed while we looked
                 self._records[sandbox.id] = record
+
+
+def _progress(sandbox: SandboxTask) -> tuple[str, int]:
+    """Where it stands; one that has gone on since it was seen is looked at like one that runs."""
+    return sandbox.session, sandbox.last_seq
 
 
 # ------------------------------------------------------------ one process, one group

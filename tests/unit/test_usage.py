@@ -81,6 +81,8 @@ def test_running_sandboxes_are_looked_at_before_idle_ones_and_more_often(tmp_pat
     assert sampler._plan(3.0) == [(runs, False)]  # its cgroup's numbers
     assert sampler._plan(11.0) == [(runs, True), (idle, False)]  # the most overdue first
     assert sampler._plan(61.0) == [(runs, True), (idle, True)]
+    idle.last_seq += 1
+    assert sampler._plan(11.0) == [(idle, True), (runs, True)]  # it ran in between
 
 
 def test_a_look_sees_memory_processes_descriptors_and_time(tmp_path: Path) -> None:
