@@ -92,14 +92,17 @@ class ZygoteProcess:
                 # SECURITY: nothing of the supervisor's environment goes any further
                 env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": str(_PACKAGE.parent)},
             )
-        self._socket = ours
-        answer = await self._receive()
+        try:
+            answer = await self._receive(ours)
+        except BaseException:
+            ours.close()
+            raise
         self.allowed = answer["ready"]
+        self._socket = ours  # ORDER: only now, or whoever asks for a fork would get the answer meant for us
 
-    async def _receive(self) -> dict[str, Any]:
-        assert self._socket is not None
+    async def _receive(self, control: socket.socket) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        data = await asyncio.wait_for(loop.sock_recv(self._socket, _MAX_ANSWER_BYTES), self._answer_timeout_s)
+        data = await asyncio.wait_for(loop.sock_recv(control, _MAX_ANSWER_BYTES), self._answer_timeout_s)
         if not data:
             raise OSError("the zygote closed its socket")
         answer: dict[str, Any] = json.loads(data)
@@ -134,7 +137,7 @@ class ZygoteProcess:
                 raise Unavailable("the zygote is being started again", code="zygote.away")
             try:
                 await asyncio.get_running_loop().sock_sendall(self._socket, json.dumps(request).encode())
-                answer = await self._receive()
+                answer = await self._receive(self._socket)
             except (OSError, TimeoutError) as error:
                 self._kill()
                 raise Unavailable(f"the zygote did not answer: {error}", code="zygote.away") from None
