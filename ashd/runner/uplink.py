@@ -132,6 +132,7 @@ class Uplink:
                 address=me.address,
                 version=__version__,
                 enforced=supervisor.enforced,
+                isolation=supervisor.isolation,
                 leases=_leases(supervisor),
             ),
             metadata=self._metadata,

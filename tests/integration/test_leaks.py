@@ -192,6 +192,7 @@ def test_what_belongs_to_no_sandbox_is_removed_counted_and_the_rest_left_alone(f
     session = api.session("hello")
     eventually(lambda: len(census.listed()) == 2)
     known = {sandbox.sandbox_id for sandbox in census.listed()}
+    assert known == set(processes.by_sandbox(census.root).values())  # their keepers are found
     beside = sleeping_in(fleet.folder / "runner-0-of-somebody-else" / "sandboxes" / "x")
     stray = sleeping_in(census.root / str(uuid.uuid4()))
     (census.state / "bundles" / ".new-cut-short").mkdir()
@@ -284,7 +285,7 @@ def test_the_runner_tells_what_each_sandbox_is_and_uses(fleet: Fleet, groups: st
     eventually(lambda: fleet.listed_runners()[0]["memory"]["perSandboxMb"] > 16)
 
 
-# ---------------------------------------------------------------- admission and protection
+# ---------------------------------------------------------------- admission
 
 
 def test_a_runner_without_headroom_refuses_and_says_what_is_missing(fleet: Fleet, groups: str) -> None:
@@ -297,12 +298,3 @@ def test_a_runner_without_headroom_refuses_and_says_what_is_missing(fleet: Fleet
     assert "memory_headroom asks for" in refused.body["error"]
     assert Census(runner, groups).listed() == []  # no warm ones either
     assert "refusing=memory" in runner.log.read_text()
-
-
-def test_the_supervisor_and_its_zygote_are_protected_or_it_says_that_they_are_not(fleet: Fleet, groups: str) -> None:
-    _, runner, _ = start(fleet, groups, warm=0)
-    (zygote,) = [process for process in runner.children("ashd: zygote") if process.ppid() == runner.process.pid]
-    values = {int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (runner.process.pid, zygote.pid)}
-    enforced = fleet.listed_runners()[0]["enforced"]
-    warned = runner.log.read_text().count("protect itself from the OOM killer")
-    assert (values == {-500}, "oom-protected" in enforced, warned) in ((True, True, 0), (False, False, 1))
