@@ -33,6 +33,7 @@ _WITHOUT = {
     "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
     "landlock": "there is no second wall behind namespaces and user ids",
 }
+_SANDBOX_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LOCKED_BYTES = 8 * 1024 * 1024
 _QUEUED_SIGNALS = 4096
 
@@ -47,6 +48,8 @@ class SandboxHost:
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._setup = selftest.setup_for(config, state_dir)
         self._free_uids = _uids(config.uid_range) if self._setup.uid is not None else []
+        self.uids = frozenset(self._free_uids)
+        self.taken_uids: set[int] = set()
         self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
         self._is_protected = protect()
         self.isolation = ""
@@ -84,6 +87,28 @@ class SandboxHost:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
         return enforced
 
+    @property
+    def zygote_pid(self) -> int | None:
+        return self._zygote.pid
+
+    # ------------------------------------------------------------ groups
+
+    def group_parents(self) -> list[Path]:
+        """The cgroups below which each sandbox has its own, one in each hierarchy."""
+        return [hierarchy.parent for hierarchy in self._hierarchies]
+
+    def groups_of(self, sandbox_id: str) -> list[Path]:
+        """Where a sandbox's cgroups are, or would be."""
+        return [parent / sandbox_id for parent in self.group_parents()]
+
+    def groups(self) -> set[str]:
+        """Names of all groups of sandboxes there are; what has another name is not a sandbox's. Raises OSError."""
+        return {name for name in cgroup.leftovers(self._hierarchies, set()) if _SANDBOX_ID.fullmatch(name)}
+
+    async def remove_groups(self, name: str) -> None:
+        """Kills what runs in a group that is nobody's, and removes it."""
+        await cgroup.remove(self._hierarchies, name)
+
     # ------------------------------------------------------------ one sandbox
 
     def take_uid(self) -> int | None:
@@ -92,7 +117,15 @@ class SandboxHost:
             return None
         if not self._free_uids:
             raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
-        return self._free_uids.pop()
+        uid = self._free_uids.pop()
+        self.taken_uids.add(uid)
+        return uid
+
+    def give_back(self, uid: int) -> None:
+        """Nobody runs under this user id any more."""
+        if uid in self.taken_uids:
+            self.taken_uids.remove(uid)
+            self._free_uids.insert(0, uid)  # the longest unused goes out first
 
     def uid_of(self, folder: Path) -> int | None:
         """The user id a sandbox of an earlier supervisor has; it is taken from now on."""
@@ -102,6 +135,7 @@ class SandboxHost:
             return None
         if owner in self._free_uids:
             self._free_uids.remove(owner)
+            self.taken_uids.add(owner)
         return owner if owner != os.geteuid() else None
 
     async def make(self, sandbox: SandboxTask) -> None:
@@ -113,6 +147,7 @@ class SandboxHost:
         await self._zygote.fork(self._fork_request(sandbox, groups))
         await sandbox.connect(self._config.spawn_timeout)
         sandbox.enforced = self.enforced
+        sandbox.isolation = self.isolation
 
     def _make_room(self, sandbox: SandboxTask) -> list[Path]:
         """The sandbox's folder, workspace and cgroups. Raises OSError."""
@@ -187,7 +222,7 @@ class SandboxHost:
         await self.end_processes(sandbox)
         await asyncio.to_thread(workspace.remove, sandbox.folder)
         if sandbox.uid is not None:
-            self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
+            self.give_back(sandbox.uid)
 
     async def found(self) -> list[Path]:
         """Folders of sandboxes that an earlier supervisor left; groups without a folder are removed."""
