@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import fields
 from typing import Any
 
 from grpc import aio
 
 from ashd import log
+from ashd.domain.limits import Limits
 from ashd.errors import AshdError, Fault, Rejected
 from ashd.runner.journals import follow
 from ashd.runner.sandbox_task import SandboxTask
@@ -39,7 +41,17 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
                 "session could not be started", session=request.session_id, code=error.code, error=error.message
             )
             await status.abort(context, error)
-        return runner_pb2.StartSessionResponse(sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced)
+        return runner_pb2.StartSessionResponse(
+            sandbox_id=sandbox.id,
+            warm=sandbox.was_warm,
+            enforced=sandbox.enforced,
+            limits=self._limits_for(request.limits),
+        )
+
+    def _limits_for(self, asked: runner_pb2.Limits) -> runner_pb2.Limits:
+        """What holds for a sandbox of which so much was asked."""
+        own = Limits(**{field.name: getattr(asked, field.name) for field in fields(Limits)})
+        return runner_pb2.Limits(**vars(own.capped(self._supervisor.most)))
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context
@@ -128,6 +140,11 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         settings=_json_of(request.settings_json),
         memory_bytes=request.limits.memory_bytes,
         processes=request.limits.processes,
+        open_files=request.limits.open_files,
+        file_size_bytes=request.limits.file_size_bytes,
+        cpu_percent=request.limits.cpu_percent,
+        disk_bytes=request.limits.disk_bytes,
+        network=request.network,
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from ashd import log
 from ashd.config.schema import RunnerConfig
+from ashd.domain.limits import Limits
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import AshdError, NotFound, Rejected, SandboxFailed, Unavailable
 from ashd.runner import workspace
@@ -58,6 +59,12 @@ class Claim:
     settings: dict[str, Any]
     memory_bytes: int
     processes: int
+    open_files: int = 0
+    file_size_bytes: int = 0
+    cpu_percent: int = 0
+    disk_bytes: int = 0
+    network: str = ""
+    """none or host; empty = the runner's default."""
 
 
 class Supervisor:
@@ -83,6 +90,19 @@ class Supervisor:
     def enforced(self) -> list[str]:
         """What this host lets us enforce on sandboxes."""
         return self._host.enforced
+
+    @property
+    def most(self) -> Limits:
+        """What any sandbox here may use at most."""
+        most = self._config.limits
+        return Limits(
+            memory_bytes=most.memory,
+            processes=most.processes,
+            open_files=most.open_files,
+            file_size_bytes=most.file_size,
+            cpu_percent=most.cpu_percent,
+            disk_bytes=most.disk,
+        )
 
     # ------------------------------------------------------------ beginning and end
 
