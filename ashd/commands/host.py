@@ -25,7 +25,7 @@ _WANTED = ("memory", "pids", "cpu", "freezer")
 """Controllers; the freezer of version 2 is no controller but always there."""
 
 _DESCRIPTORS_PER_SANDBOX = 4
-_QUOTA_OPTIONS = {"prjquota", "pquota"}
+_QUOTA_OPTIONS = {"prjquota", "pquota", "usrquota", "uquota", "quota"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _own_group(root: Path) -> str:
 
 
 def disk_quota(root: Path, state_dir: Path) -> Fact:
-    """Whether the file system under the workspaces has project quotas."""
+    """Whether the file system under the workspaces has quotas of projects or users, by its options."""
     place, kind, options = "/", "unknown", set[str]()
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -103,8 +103,8 @@ def disk_quota(root: Path, state_dir: Path) -> Fact:
             options = {*before.split()[5].split(","), *after.split()[-1].split(",")}
     value = f"{kind} at {place}: "
     if options & _QUOTA_OPTIONS:
-        return Fact("disk quota", value + "project quotas")
-    return Fact("disk quota", value + "no project quotas", f"mount {place} with prjquota (xfs, ext4)")
+        return Fact("disk quota", value + "mounted with quotas")
+    return Fact("disk quota", value + "no quotas: workspaces are watched", f"mount {place} (ext4, xfs) with prjquota")
 
 
 def pressure(root: Path) -> Fact:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ashd import log
+from ashd.config.schema import SandboxLimits
 from ashd.domain import sandbox as machine
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import Rejected, SandboxFailed, Unavailable
@@ -47,6 +48,8 @@ class SandboxTask:
         self.last_seq = 0
         self.open_turn = ""
         self.enforced: list[str] = []
+        self.isolation = ""
+        self.limits: SandboxLimits | None = None
         self.was_warm = False
         self.recording = Recording(0)
         self._told_acked = 0

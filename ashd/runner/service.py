@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import fields
 from typing import Any
 
 from grpc import aio
 
 from ashd import log
-from ashd.domain.limits import Limits
+from ashd.config.schema import SandboxLimits
 from ashd.errors import AshdError, Fault, Rejected
 from ashd.runner.journals import follow
 from ashd.runner.sandbox_task import SandboxTask
@@ -45,13 +44,9 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             sandbox_id=sandbox.id,
             warm=sandbox.was_warm,
             enforced=sandbox.enforced,
-            limits=self._limits_for(request.limits),
+            isolation=sandbox.isolation,
+            limits=None if sandbox.limits is None else _limits(sandbox.limits),
         )
-
-    def _limits_for(self, asked: runner_pb2.Limits) -> runner_pb2.Limits:
-        """What holds for a sandbox of which so much was asked."""
-        own = Limits(**{field.name: getattr(asked, field.name) for field in fields(Limits)})
-        return runner_pb2.Limits(**vars(own.capped(self._supervisor.most)))
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context
@@ -145,6 +140,17 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         cpu_percent=request.limits.cpu_percent,
         disk_bytes=request.limits.disk_bytes,
         network=request.network,
+    )
+
+
+def _limits(limits: SandboxLimits) -> runner_pb2.Limits:
+    return runner_pb2.Limits(
+        memory_bytes=limits.memory,
+        processes=limits.processes,
+        open_files=limits.open_files,
+        file_size_bytes=limits.file_size,
+        cpu_percent=limits.cpu_percent,
+        disk_bytes=limits.disk,
     )
 
 

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ashd import log
-from ashd.config.schema import RunnerConfig
-from ashd.domain.limits import Limits
+from ashd.config.schema import Bytes, RunnerConfig, SandboxLimits
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import AshdError, NotFound, Rejected, SandboxFailed, Unavailable
 from ashd.runner import workspace
@@ -90,19 +89,6 @@ class Supervisor:
     def enforced(self) -> list[str]:
         """What this host lets us enforce on sandboxes."""
         return self._host.enforced
-
-    @property
-    def most(self) -> Limits:
-        """What any sandbox here may use at most."""
-        most = self._config.limits
-        return Limits(
-            memory_bytes=most.memory,
-            processes=most.processes,
-            open_files=most.open_files,
-            file_size_bytes=most.file_size,
-            cpu_percent=most.cpu_percent,
-            disk_bytes=most.disk,
-        )
 
     # ------------------------------------------------------------ beginning and end
 
@@ -263,6 +249,7 @@ class Supervisor:
         steps.done("take")
         try:
             self._host.limit(sandbox, claim.memory_bytes, claim.processes)
+            sandbox.limits = self._limits_of(claim)
             await asyncio.to_thread(workspace.lay_out, bundle, sandbox.workspace, sandbox.uid)
             steps.done("workspace")
             await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim))
@@ -276,6 +263,18 @@ class Supervisor:
         if self._config.debug_timing:
             steps.write(sandbox)
         return sandbox
+
+    def _limits_of(self, claim: Claim) -> SandboxLimits:
+        """What the claim's sandbox may use: its own limits only go down from the runner's."""
+        most = self._config.limits
+        return SandboxLimits(
+            memory=Bytes(min(claim.memory_bytes or most.memory, most.memory)),
+            processes=min(claim.processes or most.processes, most.processes),
+            open_files=min(claim.open_files or most.open_files, most.open_files),
+            file_size=Bytes(min(claim.file_size_bytes or most.file_size, most.file_size)),
+            cpu_percent=min(claim.cpu_percent or most.cpu_percent, most.cpu_percent),
+            disk=Bytes(min(claim.disk_bytes or most.disk, most.disk)),
+        )
 
     def _claim_fields(self, sandbox: SandboxTask, claim: Claim) -> dict[str, Any]:
         return {

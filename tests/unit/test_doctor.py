@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,9 +146,10 @@ def test_the_file_system_under_the_workspaces_is_looked_at(tmp_path: Path) -> No
         "30 22 8:2 / /srv/big\\040disk rw,noatime shared:2 - xfs /dev/sdb1 rw,attr2,prjquota\n"
     )
     root = written(tmp_path, {"proc/self/mountinfo": mounts})
-    assert host.disk_quota(root, Path("/srv/big disk/ashd")).value == "xfs at /srv/big disk: project quotas"
+    assert host.disk_quota(root, Path("/srv/big disk/ashd")).value == "xfs at /srv/big disk: mounted with quotas"
     plain = host.disk_quota(root, Path("/srv/big"))
-    assert (plain.value, plain.advice) == ("ext4 at /: no project quotas", "mount / with prjquota (xfs, ext4)")
+    assert plain.value == "ext4 at /: no quotas: workspaces are watched"
+    assert plain.advice == "mount / (ext4, xfs) with prjquota"
 
 
 def test_pressure_and_swap_are_what_the_kernel_tells(tmp_path: Path) -> None:
@@ -158,6 +160,9 @@ def test_pressure_and_swap_are_what_the_kernel_tells(tmp_path: Path) -> None:
     assert (host.swap(root).value, bool(host.swap(root).advice)) == ("2048 MiB", True)
 
 
-def test_more_sandboxes_than_descriptors_are_noticed() -> None:
-    assert not host.descriptors(1).advice
-    assert "LimitNOFILE=40000000256" in host.descriptors(10**10).advice
+def test_more_sandboxes_than_descriptors_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    assert host.descriptors(960) == host.Fact("open files", "hard limit 4096")
+    assert "LimitNOFILE=4260" in host.descriptors(1001).advice
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    assert host.descriptors(1001) == host.Fact("open files", "hard limit none")
