@@ -5,9 +5,11 @@ database are real.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +26,22 @@ from ashd.store import agents, runners, sessions
 from ashd.store.pool import Database
 from ashd.wire import channel, status
 from ashd.wire.v1 import runner_pb2, runner_pb2_grpc
+from tests.integration.fleet import eventually
 
 SANDBOX = str(uuid.uuid4())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    """gRPC closes its descriptors when the last of its objects is collected, which tracebacks put off."""
+
+    def opened() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    yield
+    eventually(lambda: opened() <= before)
 
 
 @dataclass
