@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from urllib.parse import quote, urlencode
@@ -141,8 +142,8 @@ def print_answer(frames: Iterable[Frame]) -> bool:
         elif frame.event == "error":
             print(f"error: {printable(frame.data['error'])}", file=sys.stderr)
         elif frame.event == "lifecycle":
-            told = " ".join(f"{name}={value}" for name, value in frame.data.items() if name != "action")
-            print(printable(f"[{frame.data.get('action')}] {told}".strip()).replace("\n", " "), file=sys.stderr)
+            told = json.dumps({name: value for name, value in frame.data.items() if name != "action"})
+            print(printable(f"[{frame.data.get('action')}] {told}").replace("\n", " "), file=sys.stderr)
         elif frame.event == "done":
             outcome = frame.data["outcome"]
         if text:

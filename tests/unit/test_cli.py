@@ -193,12 +193,12 @@ def test_a_turn_that_fails_is_1(server: type[Answers], capsys: pytest.CaptureFix
 
 
 def test_a_chat_says_what_was_killed(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
-    killed = {"action": "memory_kill", "victim": "python3\x1b[31m", "limitMb": 512}
+    killed = {"action": "memory_kill", "victim": {"name": "cc1\x1b[31m"}, "limitBytes": 512}
     server.script["POST /api/sessions/s/messages"] = [
         (200, sse(("lifecycle", killed), ("done", {"outcome": "completed"})))
     ]
     assert main(["session", "send", "s", "hi", "--server", server.url]) == Exit.OK
-    assert capsys.readouterr().err == "[memory_kill] victim=python3[31m limitMb=512\n"
+    assert capsys.readouterr().err == '[memory_kill] {"victim": {"name": "cc1\\u001b[31m"}, "limitBytes": 512}\n'
 
 
 def test_status_shows_the_fleet_and_the_sandboxes_of_one_runner(
