@@ -295,6 +295,7 @@ def test_a_runner_without_headroom_refuses_and_says_what_is_missing(fleet: Fleet
     api.deploy("hello", agents.HELLO)
     refused = api.call("POST", "/api/sessions", {"agent": "hello"})
     assert refused.status == 503 and refused.body["retryable"] and refused.headers["Retry-After"]
-    assert "memory_headroom asks for" in refused.body["error"]
+    assert refused.body["code"] == "fleet.full"
     assert Census(runner, groups).listed() == []  # no warm ones either
-    assert "refusing=memory" in runner.log.read_text()
+    said = runner.log.read_text()
+    assert "refusing=memory" in said and "memory_headroom asks for" in said
