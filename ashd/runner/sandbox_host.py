@@ -21,11 +21,15 @@ from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess
 from ashd.wire.status import FULL
+from sandbox.memory import protect
 
 _log = log.get(__name__)
 
 _WITHOUT = {
     "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
+    "cgroup-cpu": "a sandbox may use all processors as long as nobody else wants them",
+    "tool-cgroup": "an agent's tools count as the agent: where one uses too much memory, the session may die with it",
+    "oom-protection": "where the host runs out of memory, the runner is as likely a victim as any process",
     "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
     "landlock": "there is no second wall behind namespaces and user ids",
 }
@@ -47,6 +51,7 @@ class SandboxHost:
         self.uids = frozenset(self._free_uids)
         self.taken_uids: set[int] = set()
         self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
+        self._is_protected = protect()
         self.isolation = ""
         self.enforced: list[str] = []
 
@@ -73,6 +78,10 @@ class SandboxHost:
         enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges", *report.enforced]
         for missed in report.missed:
             _log.warning("isolation is not strict", open=missed.name, why=missed.detail, remedy=missed.remedy)
+        if self._zygote.shown["tools"] and "cgroup-memory" in enforced:
+            enforced.append("tool-cgroup")
+        if self._is_protected:
+            enforced.append("oom-protection")
         for name, without in _WITHOUT.items():
             if name not in enforced:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
@@ -150,7 +159,7 @@ class SandboxHost:
             if sandbox.uid is not None:
                 os.chown(folder, sandbox.uid, sandbox.uid)
         limits = self._config.limits
-        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
+        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
         journal = self._config.journal
@@ -171,7 +180,9 @@ class SandboxHost:
                 "max_journal_bytes": journal.max_bytes,
                 "max_log_bytes": journal.max_log_bytes,
                 "kill_timeout_s": self._config.kill_timeout,
+                "max_events_per_s": journal.max_events_per_s,
             },
+            "memory": cgroup.memory_group(self._hierarchies, sandbox.id),
         }
 
     def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
@@ -180,7 +191,7 @@ class SandboxHost:
         memory = min(memory_bytes or most.memory, most.memory)
         processes = min(processes or most.processes, most.processes)
         if (memory, processes) != (most.memory, most.processes):
-            cgroup.create(self._hierarchies, sandbox.id, memory, processes)
+            cgroup.create(self._hierarchies, sandbox.id, memory, processes, most.cpu_percent)
 
     def rlimits(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> dict[str, int]:
         """The limits of each process of a sandbox, by the names of getrlimit(2); 0 = the runner's own."""
