@@ -408,6 +408,8 @@ class Keeper:
             self._dropped.count("memory_kills")
             return
         self._kills_told += 1
+        if kill.scope != AGENT:
+            self._supervisor.tell({"kill": f"{kill.scope}_oom"})
         self._logs.write("system", f"the {kill.scope} used {kill}")
         if self._ledger and self._ledger.turn:
             self._ledger.happened("memory_kill", kill.to_json())

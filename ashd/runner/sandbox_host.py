@@ -89,7 +89,8 @@ class SandboxHost:
 
     @property
     def zygote_pid(self) -> int | None:
-        return self._zygote.pid
+        """Of a zygote whose children are keepers, or what keepers left behind."""
+        return self._zygote.pid if self._zygote.is_ready else None
 
     # ------------------------------------------------------------ groups
 

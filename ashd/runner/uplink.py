@@ -185,7 +185,7 @@ class Uplink:
             ),
             draining=supervisor.draining,
             usage=_usage(supervisor),
-            refusing=supervisor.admission.refusing,
+            refusing=supervisor.admission.statement,
             orphans=supervisor.orphans,
             kills=supervisor.kills,
         )

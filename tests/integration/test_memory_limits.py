@@ -252,6 +252,8 @@ for number in range(3):
     await killed(number + 1)
 """
     assert [event["scope"] for event in happened(sandbox.turn(code), "memory_kill")] == ["tool"] * 3
+    for _ in range(3):
+        sandbox.connection.wait_for(lambda said: said == {"kill": "tool_oom"})
 
 
 def test_when_agent_and_tool_fill_the_sandbox_together_the_tool_goes(host: Host) -> None:
