@@ -234,12 +234,12 @@ class Execs:
 
     def _meet(self, pid: int, proc: int) -> Program:
         """A process that executes for the first time; one that executes again stays where it is."""
-        status = dict(line.split(":", 1) for line in _read_at(proc, "status").splitlines())
-        scope = self._scope_of(int(status["PPid"]))
+        parent, inner_pid = _relations(proc)
+        scope = self._scope_of(parent)
         if scope == TOOL:
             os.write(self._tools, str(pid).encode())
             _write_at(proc, "oom_score_adj", str(_TOOLS_FIRST))
-        return Program(int(status["NSpid"].split()[-1]), scope)
+        return Program(inner_pid, scope)
 
     def _scope_of(self, parent: int) -> str:
         """Whether it is the agent, announced by the bridge, or a tool."""
@@ -301,9 +301,16 @@ def _last_of(pid: int) -> tuple[int | None, str]:
     return (int(fields[49]) & 0x7F, _name_of(pid)) if fields[0] == b"Z" else (None, "")
 
 
-def _read_at(proc: int, name: str) -> str:
-    with open(name, errors="replace", opener=lambda path, flags: os.open(path, flags, dir_fd=proc)) as file:
-        return file.read()
+def _relations(proc: int) -> tuple[int, int]:
+    """A process's parent, and the pid it has in its innermost namespace."""
+    file = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        status = os.read(file, 4096)
+    finally:
+        os.close(file)
+    _, _, parent = status.partition(b"\nPPid:")
+    _, _, pids = parent.partition(b"\nNSpid:")
+    return int(parent.partition(b"\n")[0]), int(pids.partition(b"\n")[0].split()[-1])
 
 
 def _write_at(proc: int, name: str, value: str) -> None:

@@ -124,7 +124,7 @@ class Frames:
         elif event.kind is EventKind.TIMELINE and event.type == "error":
             why = json.loads(event.payload)
             yield here, "error", dump({"error": why.get("error"), "code": why.get("code"), "retryable": False})
-        elif event.kind is EventKind.CLOSED and self._whole:
+        elif (event.kind is EventKind.CLOSED or event.type == "lifecycle") and self._whole:
             yield here, "lifecycle", event.payload
 
     def _of_delta(self, event: Shown) -> Iterator[tuple[tuple[int, int], str, bytes]]:
