@@ -73,7 +73,7 @@ def measure(number: int, tools: Path | None) -> list[float]:
 def keep(pid: int, channel: socket.socket, tools: Path) -> None:
     """Answers for the child's programs until it is dead."""
     selector = selectors.DefaultSelector()
-    watched = execs.Execs(selector, channel, pid, tools, lambda *_: None)
+    watched = execs.Execs(selector, channel, pid, tools, float("inf"), lambda *_: None)
     ended = os.pidfd_open(pid)
     selector.register(ended, selectors.EVENT_READ)
     while True:
@@ -83,7 +83,7 @@ def keep(pid: int, channel: socket.socket, tools: Path) -> None:
                 return
             key.data(mask)
         if time.monotonic() >= watched.deadline:
-            watched.learn_names()
+            watched.catch_up()
 
 
 def shown(took: list[float]) -> str:

@@ -47,6 +47,7 @@ _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
 _MAX_KILLS = 100
 _EVENTS_PER_S = 500
+_EXECS_PER_S = 1000
 
 
 class Bounds(TypedDict):
@@ -58,6 +59,7 @@ class Bounds(TypedDict):
     max_log_bytes: int
     kill_timeout_s: float
     max_events_per_s: NotRequired[float]
+    max_execs_per_s: NotRequired[float]
 
 
 class Request(TypedDict):
@@ -146,6 +148,7 @@ class Keeper:
             self._logs,
             self._from_bridge,
             tools=Path(group["folder"], "tools") if group else None,
+            execs_per_s=self._bounds.get("max_execs_per_s", _EXECS_PER_S),
             died=self._memory.died,
         )
         self._bridge, self._execs = self._processes.bridge, self._processes.execs
@@ -186,7 +189,7 @@ class Keeper:
             self._kill_deadline = FOREVER
             self._force()
         if self._execs and now >= self._execs.deadline:
-            self._execs.learn_names()
+            self._execs.catch_up()
         if now >= self._memory.deadline:
             self._memory.look()
 
