@@ -225,7 +225,8 @@ class Keeper:
             self._life = Life.ENDING
             self._cause = cause
             self._turn_deadline = _FOREVER
-            self._interrupted_as = self._interrupted_as or "interrupted"  # whatever the bridge will say of an open turn
+            forced = "disk" if cause == "disk" else "interrupted"
+            self._interrupted_as = self._interrupted_as or forced  # whatever the bridge will say of an open turn
             self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
             self._bridge.send(encode_line({"type": "end"}))
 
@@ -374,6 +375,10 @@ class Keeper:
         if self._ledger is not None:
             self._ledger.writer.acknowledge(command["seq"])
 
+    def _note(self, command: dict[str, Any]) -> None:
+        """A line in the session's log about what its sandbox was limited in."""
+        self._complain(command["text"])
+
     def _stop(self, command: dict[str, Any]) -> dict[str, Any]:
         self._end(command.get("cause", "ended"))
         return {"ending": True}
@@ -383,6 +388,7 @@ class Keeper:
         "turn": _start_turn,
         "interrupt": _stop_turn,
         "acked": _acknowledge,
+        "note": _note,
         "end": _stop,
     }
 
@@ -433,7 +439,7 @@ class Keeper:
         assert self._ledger is not None
         error = _text(end, "error", "")
         if self._interrupted_as:
-            outcome = Outcome(self._interrupted_as, *_WHY.get(self._interrupted_as, ("", "")))
+            outcome = _forced(self._interrupted_as)
         elif error:
             outcome = Outcome("failed", error, _agents_code(end, "agent.failed"))
         else:
@@ -479,11 +485,11 @@ class Keeper:
     def _verdict(self, status: int) -> tuple[str, Outcome]:
         """The cause of the sandbox's end, and with it the outcome of a turn that was open."""
         if self._cause == "timeout":
-            return "timeout", Outcome("timeout", *_WHY["timeout"])
+            return "timeout", _forced("timeout")
         if self._cause:
-            return self._cause, Outcome(self._interrupted_as or "interrupted")
+            return self._cause, _forced(self._interrupted_as or "interrupted")
         if _oom_kills(self._spec.cgroups) > self._oom_kills_before:
-            return "oom", Outcome("oom", *_WHY["oom"])
+            return "oom", _forced("oom")
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
             return "killed", Outcome("failed", f"The sandbox was killed by {name}.", "sandbox.killed")
@@ -516,7 +522,13 @@ class Keeper:
 _WHY = {
     "timeout": ("The turn took longer than it may.", "turn.timeout"),
     "oom": ("The agent used more memory than its limit and was killed.", "sandbox.oom"),
+    "disk": ("The workspace grew beyond its limit of disk space or files.", "sandbox.disk"),
 }
+
+
+def _forced(why: str) -> Outcome:
+    """The outcome of a turn that was ended, not by its agent."""
+    return Outcome("failed" if why == "disk" else why, *_WHY.get(why, ()))
 
 
 def _text(body: dict[str, Any], name: str, default: str) -> str:

@@ -88,7 +88,7 @@ class Ledger:
         self.turn = NO_TURN
 
     def close(self, cause: str) -> None:
-        """The last event of this sandbox. `cause`: ended, oom, timeout, exited, killed, lost."""
+        """The last event of this sandbox. `cause`: ended, oom, disk, timeout, exited, killed, lost."""
         self.writer.append(Kind.CLOSED, "lifecycle", _payload({"action": "sandbox_closed", "cause": cause}), NO_TURN)
         self.closed = True
 

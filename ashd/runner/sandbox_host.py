@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ashd import log
 from ashd.config.schema import RunnerConfig
 from ashd.errors import SandboxFailed, Unavailable
 from ashd.runner import cgroup, workspace
+from ashd.runner.disk import Disk, allowance
+from ashd.runner.disk_watch import Watched, descendants
 from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
@@ -42,19 +45,28 @@ class SandboxHost:
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._zygote = ZygoteProcess(config.spawn_timeout)
         self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
+        self._end_sandbox: Callable[[SandboxTask, str], None] = lambda sandbox, cause: None
         self.enforced: list[str] = []
+        self.disk: Disk
 
-    async def open(self, tasks: asyncio.TaskGroup) -> None:
-        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here."""
+    async def open(self, tasks: asyncio.TaskGroup, end_sandbox: Callable[[SandboxTask, str], None]) -> None:
+        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here. `end_sandbox` ends
+        one for a cause.
+        """
+        self._end_sandbox = end_sandbox
         started = asyncio.Event()
         tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
         tasks.create_task(self._zygote.run(started), name="zygote")
         await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
         self.enforced = self._what_is_enforced()
+        self.disk = Disk(self.folder, self._free_uids[-1] if "uid" in self.enforced else None)
+        self.enforced.append(self.disk.enforced)
+        tasks.create_task(self.disk.watch.run(), name="disk watch")
 
     def close(self) -> None:
         """Gives back what all sandboxes shared, once they are gone."""
         cgroup.remove_parents(self._hierarchies)
+        self.disk.close()
 
     def _what_is_enforced(self) -> list[str]:
         allowed = self._zygote.allowed
@@ -107,6 +119,7 @@ class SandboxHost:
         if sandbox.uid is not None:
             os.chown(sandbox.workspace, sandbox.uid, sandbox.uid)
         limits = self._config.limits
+        self.disk.limit(self._watched(sandbox), limits.disk)
         return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
@@ -135,13 +148,30 @@ class SandboxHost:
             },
         }
 
-    def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
+    def _watched(self, sandbox: SandboxTask) -> Watched:
+        return Watched(
+            workspace=sandbox.workspace,
+            uid=sandbox.uid,
+            most=allowance(self._config.limits.disk),
+            processes=lambda: cgroup.members(self._hierarchies, sandbox.id) or descendants(sandbox.keeper_pid),
+            is_busy=lambda: bool(sandbox.open_turn),
+            say=lambda text: sandbox.tell("note", text=text),
+            end=lambda: self._end_sandbox(sandbox, "disk"),
+        )
+
+    def adopt(self, sandbox: SandboxTask) -> None:
+        """Takes over the limits of a sandbox of an earlier supervisor."""
+        self.disk.adopt(self._watched(sandbox))
+
+    def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int, disk_bytes: int) -> None:
         """An agent's or session's own limits (0 = none), which only go down from the runner's. Raises OSError."""
         most = self._config.limits
         memory = min(memory_bytes or most.memory, most.memory)
         processes = min(processes or most.processes, most.processes)
         if (memory, processes) != (most.memory, most.processes):
             cgroup.create(self._hierarchies, sandbox.id, memory, processes)
+        if 0 < disk_bytes < most.disk:
+            self.disk.limit(self._watched(sandbox), disk_bytes)
 
     def data_limit(self, memory_bytes: int) -> int:
         """What each process of a sandbox may allocate, where no cgroup limits the sandbox; 0 = no such limit."""
@@ -157,6 +187,7 @@ class SandboxHost:
         """Nothing of the sandbox is left on this host."""
         await self.end_processes(sandbox)
         await asyncio.to_thread(workspace.remove, sandbox.folder)
+        self.disk.forget(sandbox.workspace, sandbox.uid)
         if sandbox.uid is not None:
             self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
 

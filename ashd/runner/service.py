@@ -128,6 +128,7 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         settings=_json_of(request.settings_json),
         memory_bytes=request.limits.memory_bytes,
         processes=request.limits.processes,
+        disk_bytes=request.limits.disk_bytes,
     )
 
 

@@ -58,6 +58,7 @@ class Claim:
     settings: dict[str, Any]
     memory_bytes: int
     processes: int
+    disk_bytes: int = 0
 
 
 class Supervisor:
@@ -89,7 +90,7 @@ class Supervisor:
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Starts the zygote, adopts what lives, and from then on owns its tasks in `tasks`."""
         self._tasks = tasks
-        await self._host.open(tasks)
+        await self._host.open(tasks, self._tell_to_end)
         await self._adopt_all()
         tasks.create_task(self._keep_warm(), name="warm pool")
 
@@ -242,7 +243,7 @@ class Supervisor:
         self.capacity_changed.set()
         steps.done("take")
         try:
-            self._host.limit(sandbox, claim.memory_bytes, claim.processes)
+            self._host.limit(sandbox, claim.memory_bytes, claim.processes, claim.disk_bytes)
             await asyncio.to_thread(workspace.lay_out, bundle, sandbox.workspace, sandbox.uid)
             steps.done("workspace")
             await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim))
@@ -403,6 +404,7 @@ class Supervisor:
     async def _adopt(self, folder: Path) -> None:
         sandbox = SandboxTask(folder.name, folder, self._host.uid_of(folder), self._has_grown)
         sandbox.enforced = self.enforced
+        self._host.adopt(sandbox)
         self._sandboxes[sandbox.id] = sandbox
         lease = _read_lease(folder / "session.json")
         if lease is not None:
