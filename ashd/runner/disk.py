@@ -7,8 +7,9 @@ Leaves out: how quotas work (quota.py), how looking works (disk_watch.py).
     enforced       what happens at the limit                                   needs
     disk-quota     writing fails at once: ENOSPC or EDQUOT                     root; ext4 or XFS mounted with user or
                                                                                project quotas
-    disk-watch     within 2 s writing fails with EFBIG (SIGXFSZ); above        nothing
-                   125 % the sandbox is ended (`sandbox.disk`)
+    disk-watch     within 2 s writing fails with EFBIG (SIGXFSZ); what goes    nothing
+                   on growing above 125 %, and what is beyond 200 %, is
+                   ended (`sandbox.disk`)
 
 Inodes are limited too, to one per 16 KiB of the limit and 1024 at least. Counted is the workspace, with the agent's
 files in it. What the keeper writes beside it has its own bounds (`journal`), and /tmp of a sandbox is memory.

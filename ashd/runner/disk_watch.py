@@ -45,8 +45,11 @@ _EVERY_S = 60.0
 _STOPPED_EVERY_S = 0.5
 _COST_FACTOR = 20
 """A sandbox that is looked at without new growth costs at most one part in so many of a core."""
-_ENOUGH, _BACK, _END = 1.0, 0.95, 1.25
-"""Shares of the limit: above the first, writing stops; below the second it may go on; above the third, that's it."""
+_ENOUGH, _BACK, _END, _FAR = 1.0, 0.95, 1.25, 2.0
+"""Shares of the limit: above the first, writing stops; below the second it may go on; what goes on growing above the
+third is ended, and above the last everything.
+"""
+_GROWING = 0.05
 _NOTHING = Usage(0, 0)
 _ROUNDS = 8
 _HELPER_TIMEOUT_S = 5.0
@@ -67,10 +70,18 @@ class Watched:
     end: Callable[[], None]
     used: Usage = _NOTHING
     is_stopped: bool = False
+    used_when_stopped: Usage = _NOTHING
     is_ended: bool = False
     looked_at: float = field(default_factory=time.monotonic)
     grown_at_look: Usage = _NOTHING
     cost_s: float = 0.0
+
+    def must_end(self) -> bool:
+        """Whether stopping its writers doesn't help: what was written quickly before that is no reason."""
+        most, before = self.most, self.used_when_stopped
+        grown = Usage(self.used.bytes - before.bytes, self.used.inodes - before.inodes)
+        goes_on = self.is_stopped and self.used.exceeds(most, _END) and grown.exceeds(most, _GROWING)
+        return goes_on or self.used.exceeds(most, _FAR)
 
     def is_due(self, now: float, grown: Usage) -> bool:
         if self.is_ended:
@@ -137,7 +148,7 @@ class DiskWatch:
         looked, began = [], time.thread_time()
         last = began
         for watched in due:
-            stop_at = Usage(int(watched.most.bytes * _END) + 1, int(watched.most.inodes * _END) + 1)
+            stop_at = Usage(int(watched.most.bytes * _FAR) + 1, int(watched.most.inodes * _FAR) + 1)
             watched.grown_at_look = self._grown
             try:
                 watched.used = usage_of(watched.workspace, stop_at, watched.processes())
@@ -156,9 +167,10 @@ class DiskWatch:
             return
         if watched.used.exceeds(watched.most, _ENOUGH) and not watched.is_stopped:
             watched.is_stopped = True
+            watched.used_when_stopped = watched.used
             self.stops += 1
             watched.say(f"the workspace has {_told(watched.used)}, its limit is {_told(watched.most)}: writing fails")
-        if watched.used.exceeds(watched.most, _END):
+        if watched.must_end():
             watched.is_ended = True
             self.ends += 1
             watched.say("the workspace goes on growing: the sandbox is ended")
