@@ -70,7 +70,7 @@ class Watched:
     end: Callable[[], None]
     used: Usage = _NOTHING
     is_stopped: bool = False
-    used_when_stopped: Usage = _NOTHING
+    used_since_stopped: Usage | None = None  # at the first look after its writers were stopped
     is_ended: bool = False
     looked_at: float = field(default_factory=time.monotonic)
     grown_at_look: Usage = _NOTHING
@@ -78,10 +78,9 @@ class Watched:
 
     def must_end(self) -> bool:
         """Whether stopping its writers doesn't help: what was written quickly before that is no reason."""
-        most, before = self.most, self.used_when_stopped
+        most, before = self.most, self.used_since_stopped or self.used
         grown = Usage(self.used.bytes - before.bytes, self.used.inodes - before.inodes)
-        goes_on = self.is_stopped and self.used.exceeds(most, _END) and grown.exceeds(most, _GROWING)
-        return goes_on or self.used.exceeds(most, _FAR)
+        return self.used.exceeds(most, _FAR) or (self.used.exceeds(most, _END) and grown.exceeds(most, _GROWING))
 
     def is_due(self, now: float, grown: Usage) -> bool:
         if self.is_ended:
@@ -165,9 +164,10 @@ class DiskWatch:
     async def _judge(self, watched: Watched) -> None:
         if watched.workspace not in self._watched or watched.is_ended:
             return
-        if watched.used.exceeds(watched.most, _ENOUGH) and not watched.is_stopped:
+        if watched.is_stopped:
+            watched.used_since_stopped = watched.used_since_stopped or watched.used
+        elif watched.used.exceeds(watched.most, _ENOUGH):
             watched.is_stopped = True
-            watched.used_when_stopped = watched.used
             self.stops += 1
             watched.say(f"the workspace has {_told(watched.used)}, its limit is {_told(watched.most)}: writing fails")
         if watched.must_end():
@@ -176,7 +176,7 @@ class DiskWatch:
             watched.say("the workspace goes on growing: the sandbox is ended")
             watched.end()
         elif watched.is_stopped and not watched.used.exceeds(watched.most, _BACK):
-            watched.is_stopped = False
+            watched.is_stopped, watched.used_since_stopped = False, None
             watched.say("the workspace is below its limit again: writing works")
             await asyncio.to_thread(set_writing, watched, may=True)
         elif watched.is_stopped:  # at each look again, for processes born meanwhile and those that undid it
@@ -215,41 +215,54 @@ def set_writing(watched: Watched, *, may: bool) -> None:
     RACE: a child may be born of one not yet limited, so it is done until a round finds nothing to do.
     """
     for _ in range(_ROUNDS):
-        changed = [pid for pid in watched.processes() if _set_soft_limit(pid, watched.uid, may=may)]
-        if not changed:
+        changes = {pid: change for pid in watched.processes() if (change := _change(pid, may=may)) is not None}
+        if not changes:
             return
+        refused = {pid: soft for pid, (soft, hard) in changes.items() if not _set_limits(pid, soft, hard)}
+        for soft in set(refused.values()):
+            _set_as_their_user([pid for pid in refused if refused[pid] == soft], watched.uid, soft)
 
 
-def _set_soft_limit(pid: int, uid: int | None, *, may: bool) -> bool:
-    """Whether a process had another limit, and now hasn't."""
+def _change(pid: int, *, may: bool) -> tuple[str, str] | None:
+    """The soft and hard limit a process should have; None if it has them, or is gone."""
     try:
         soft, hard = _file_size_limits(pid)
-        wanted = hard if may else "0"
-        if soft == wanted:
-            return False
-        try:
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (_number(wanted), _number(hard)))
-        except PermissionError:
-            return _as_its_user(pid, uid, wanted)
-    except (OSError, ValueError):  # it is gone, or not ours to limit
+    except (OSError, ValueError):
+        return None
+    wanted = hard if may else "0"
+    return (wanted, hard) if soft != wanted else None
+
+
+def _set_limits(pid: int, soft: str, hard: str) -> bool:
+    """False where it is not allowed."""
+    try:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (_number(soft), _number(hard)))
+    except PermissionError:
         return False
+    except (OSError, ValueError):  # it is gone, or has lowered its hard limit meanwhile
+        return True
     return True
 
 
-def _as_its_user(pid: int, uid: int | None, soft: str) -> bool:
-    """root without CAP_SYS_RESOURCE, as in most containers, may not limit others; they themselves may."""
-    program = shutil.which("prlimit")
+_FOR_EACH = 'soft=$1; shift; for pid; do prlimit --pid="$pid" --fsize="$soft:"; done'
+
+
+def _set_as_their_user(pids: list[int], uid: int | None, soft: str) -> None:
+    """root without CAP_SYS_RESOURCE, as in most containers, may not limit others; they themselves may.
+
+    FORK: setpriv(1) changes the user, not subprocess, which would fork all of the runner for that.
+    """
+    program = shutil.which("setpriv")
     if uid is None or program is None:
-        return False
-    command = [program, f"--pid={pid}", f"--fsize={soft}:"]
+        return
+    become = [program, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
     quiet = subprocess.DEVNULL
     with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(
-            command, user=uid, group=uid, extra_groups=[], env={}, stdin=quiet, stdout=quiet, stderr=quiet,
-            cwd="/", check=False, timeout=_HELPER_TIMEOUT_S,
+        subprocess.run(
+            [*become, "sh", "-c", _FOR_EACH, "sh", soft, *map(str, pids)],
+            env={"PATH": os.defpath}, stdin=quiet, stdout=quiet, stderr=quiet, cwd="/", check=False,
+            timeout=_HELPER_TIMEOUT_S,
         )  # fmt: skip
-        return done.returncode == 0
-    return False
 
 
 def _file_size_limits(pid: int) -> tuple[str, str]:

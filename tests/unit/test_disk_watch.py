@@ -176,7 +176,7 @@ async def test_what_grows_by_a_mapping_is_ended(folder: Path) -> None:
 
 
 async def test_a_flood_of_empty_files_is_ended(folder: Path) -> None:
-    flood = Writer(folder, _FLOOD, Usage(LIMIT, 2000))
+    flood = Writer(folder, _FLOOD, Usage(LIMIT, 500))
     async with watching(folder, flood) as watch:
         await until(lambda: flood.ended, "the sandbox is ended")
         assert watch.ends == 1
