@@ -48,28 +48,29 @@ def disk_refuses(folder: Path, headroom: int) -> str:
 
 
 class Disk:
-    """The limits of all sandboxes below one folder, `<folder>/<sandbox>/workspace`.
+    """The limits of all sandboxes below one folder, `<folder>/<sandbox>/workspace`."""
 
-    `first_uid`: one of the ids that sandboxes get, where each has its own; else None.
-    """
-
-    def __init__(self, folder: Path, first_uid: int | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         # Another runner on the same filesystem has another range, or finds its ids in use and passes them by.
         self._first_project = (1 << 30) + (zlib.crc32(bytes(folder)) % (1 << 13)) * _PROJECTS
         self._projects: dict[Path, int] = {}
         self._next = 0
-        self._kind = self._find_kind(first_uid)
-        self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if self._kind is not None else -1
+        self._kind: Kind | None = None
+        self._root = -1
         self.watch = DiskWatch(folder)
-        self.enforced = "disk-watch" if self._kind is None else "disk-quota"
 
-    def _find_kind(self, first_uid: int | None) -> Kind | None:
-        if os.geteuid() != 0:
-            return None
-        if first_uid is not None and quota.works(self._folder, Kind.USER, first_uid):
-            return Kind.USER
-        return Kind.PROJECT if quota.works(self._folder, Kind.PROJECT, self._first_project) else None
+    def open(self, *, own_uids: bool) -> None:
+        """Finds out what the filesystem gives. `own_uids`: whether each sandbox has a user id of its own."""
+        kinds = [Kind.USER, Kind.PROJECT] if own_uids else [Kind.PROJECT]
+        if os.geteuid() == 0:
+            self._kind = next((kind for kind in kinds if quota.works(self._folder, kind)), None)
+        if self._kind is not None:
+            self._root = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def enforced(self) -> str:
+        return "disk-watch" if self._kind is None else "disk-quota"
 
     def close(self) -> None:
         if self._root >= 0:

@@ -34,7 +34,7 @@ from ashd.runner.tree_usage import usage_of
 
 _log = log.get(__name__)
 
-_TICK_S = 0.25
+TICK_S = 0.25
 _SLICE_S = 0.05
 """Processor time of one go; what is left has its turn in the next."""
 _SHARE = 0.25
@@ -119,13 +119,12 @@ class DiskWatch:
     async def run(self) -> None:
         """Never returns."""
         while True:
-            self._note_growth()
-            due = self._due()
+            due = self.due()
             looked, cost_s = await asyncio.to_thread(self._look, due) if due else ([], 0.0)
             for watched in looked:
                 await self._judge(watched)
             done = len(looked) == len(due)
-            await asyncio.sleep(max(_TICK_S if done else 0.0, cost_s * (1 / _SHARE - 1)))
+            await asyncio.sleep(max(TICK_S if done else 0.0, cost_s * (1 / _SHARE - 1)))
 
     def _note_growth(self) -> None:
         """Growth is only ever added up: what is deleted later doesn't make it undone."""
@@ -136,8 +135,9 @@ class DiskWatch:
         )
         self._full = full
 
-    def _due(self) -> list[Watched]:
-        """Who has to be looked at; those in a turn first, then who has waited longest."""
+    def due(self) -> list[Watched]:
+        """Who has to be looked at now; those in a turn first, then who has waited longest."""
+        self._note_growth()
         now = time.monotonic()
         due = [watched for watched in self._watched.values() if watched.is_due(now, self._grown)]
         return sorted(due, key=lambda watched: (not watched.is_busy(), watched.looked_at))

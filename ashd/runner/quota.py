@@ -63,10 +63,11 @@ class Usage:
         return self.bytes > most.bytes * share or self.inodes > most.inodes * share
 
 
-def works(folder: Path, kind: Kind, of: int) -> bool:
-    """Whether the filesystem of `folder` enforces quotas of this kind: a limit is set on a trial folder of the id `of`,
-    which nobody else has, read back, and taken away.
+def works(folder: Path, kind: Kind) -> bool:
+    """Whether the filesystem of `folder` enforces quotas of this kind: a limit is set on a trial folder of an id that
+    nobody else has, read back, and taken away.
     """
+    of = (1 << 31) - 2 - os.getpid() % (1 << 20)  # of no sandbox: a living one would lose its limit
     trial = Path(tempfile.mkdtemp(prefix=".quota-trial-", dir=folder))
     handle = os.open(trial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     most = Usage(1 << 20, 16)

@@ -47,7 +47,7 @@ class SandboxHost:
         self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
         self._end_sandbox: Callable[[SandboxTask, str], None] = lambda sandbox, cause: None
         self.enforced: list[str] = []
-        self.disk: Disk
+        self.disk = Disk(self.folder)
 
     async def open(self, tasks: asyncio.TaskGroup, end_sandbox: Callable[[SandboxTask, str], None]) -> None:
         """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here. `end_sandbox` ends
@@ -59,7 +59,7 @@ class SandboxHost:
         tasks.create_task(self._zygote.run(started), name="zygote")
         await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
         self.enforced = self._what_is_enforced()
-        self.disk = Disk(self.folder, self._free_uids[-1] if "uid" in self.enforced else None)
+        self.disk.open(own_uids="uid" in self.enforced)
         self.enforced.append(self.disk.enforced)
         tasks.create_task(self.disk.watch.run(), name="disk watch")
 

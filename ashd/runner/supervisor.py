@@ -28,6 +28,7 @@ from ashd.config.schema import RunnerConfig
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import AshdError, NotFound, Rejected, SandboxFailed, Unavailable
 from ashd.runner import workspace
+from ashd.runner.disk import disk_refuses
 from ashd.runner.sandbox_host import SandboxHost
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.workspace import BundleCache
@@ -231,6 +232,8 @@ class Supervisor:
         taken = {*self._starting, *(sandbox.session for sandbox in self.live())}
         if len(taken) > self._config.max_sandboxes:
             raise Unavailable(f"this runner has all its {self._config.max_sandboxes} sandboxes in use", code=FULL)
+        if disk_refuses(self._host.folder, self._config.disk_headroom):
+            raise Unavailable("this runner has less disk space left than disk_headroom", code=FULL)
         steps = _Steps()
         bundle = await self._bundles.folder_of(claim.bundle)
         steps.done("bundle")
