@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ashd import log
 from ashd.runner import quota
-from ashd.runner.disk_watch import DiskWatch, Watched
+from ashd.runner.disk_watch import DiskWatch, Watched, writing_is_stopped
 from ashd.runner.quota import Kind, Usage
 
 _log = log.get(__name__)
@@ -96,12 +96,13 @@ class Disk:
             _remember(sandbox.workspace, most_bytes)
 
     def adopt(self, sandbox: Watched) -> None:
-        """Takes over a sandbox of an earlier supervisor: its quota is as it was, and a watched one's limit noted."""
+        """Takes over a live sandbox of an earlier supervisor: its quota is as it was, a watched one's limit is noted."""
         with contextlib.suppress(OSError):
             if self._kind is Kind.PROJECT:
                 self._projects[sandbox.workspace] = quota.project_of(sandbox.workspace)
             elif self._kind is None:
-                self.watch.watch(replace(sandbox, most=_remembered(sandbox), looked_at=float("-inf")))
+                most, is_stopped = _remembered(sandbox), writing_is_stopped(sandbox)
+                self.watch.watch(replace(sandbox, most=most, is_stopped=is_stopped, looked_at=float("-inf")))
 
     def forget(self, workspace: Path, uid: int | None) -> None:
         """Gives back the limit and the id of a sandbox whose folder is gone."""

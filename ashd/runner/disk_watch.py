@@ -209,6 +209,15 @@ def descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def writing_is_stopped(watched: Watched) -> bool:
+    """Whether an earlier supervisor stopped its writers."""
+    for pid in watched.processes():
+        with contextlib.suppress(OSError, ValueError):
+            if _file_size_limits(pid)[0] == "0":
+                return True
+    return False
+
+
 def set_writing(watched: Watched, *, may: bool) -> None:
     """Lets a sandbox's processes write to files, or not: by their soft limit, which children inherit.
 

@@ -407,7 +407,6 @@ class Supervisor:
     async def _adopt(self, folder: Path) -> None:
         sandbox = SandboxTask(folder.name, folder, self._host.uid_of(folder), self._has_grown)
         sandbox.enforced = self.enforced
-        self._host.adopt(sandbox)
         self._sandboxes[sandbox.id] = sandbox
         lease = _read_lease(folder / "session.json")
         if lease is not None:
@@ -420,6 +419,7 @@ class Supervisor:
         except SandboxFailed:
             await self._bury(sandbox)
             return
+        self._host.adopt(sandbox)
         sandbox.learn(Fact.FORKED)
         if lease is None:
             sandbox.tell("end", cause="not_adopted")  # warm: cheaper made new than asked about
