@@ -96,7 +96,7 @@ class Disk:
             _remember(sandbox.workspace, most_bytes)
 
     def adopt(self, sandbox: Watched) -> None:
-        """Takes over a live sandbox of an earlier supervisor: its quota is as it was, a watched one's limit is noted."""
+        """Takes over a live sandbox of an earlier supervisor: its quota is as it was, its limit if watched noted."""
         with contextlib.suppress(OSError):
             if self._kind is Kind.PROJECT:
                 self._projects[sandbox.workspace] = quota.project_of(sandbox.workspace)

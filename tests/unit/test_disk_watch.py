@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from ashd.runner.disk import Disk, allowance, disk_refuses
-from ashd.runner.disk_watch import DiskWatch, Watched, descendants, set_writing
+from ashd.runner.disk_watch import DiskWatch, Watched, descendants, set_writing, writing_is_stopped
 from ashd.runner.quota import Usage
 
 MIB = 1024 * 1024
@@ -238,21 +238,15 @@ def test_processes_born_while_writing_is_stopped_are_stopped_too(folder: Path) -
 
 
 async def test_the_next_supervisor_lets_those_write_again_that_the_last_one_stopped(folder: Path) -> None:
-    workspace = folder / "sandbox" / "workspace"
-    workspace.mkdir(parents=True)
-    with subprocess.Popen(["sleep", "1000"]) as sleeper:
-        watched = Watched(workspace, None, allowance(LIMIT), lambda: [sleeper.pid], bool, print, bool)
-        try:
-            set_writing(watched, may=False)
-            disk = Disk(folder)
-            disk.adopt(watched)
-            adopted = disk.watch.get(workspace)
-            assert adopted is not None and adopted.is_stopped
-            task = asyncio.create_task(disk.watch.run())
-            await until(lambda: len(set(resource.prlimit(sleeper.pid, resource.RLIMIT_FSIZE))) == 1, "it may write")
-            task.cancel()
-        finally:
-            sleeper.kill()
+    sleeper = Writer(folder, "import time\ntime.sleep(1000)\n", allowance(LIMIT))
+    await asyncio.to_thread(set_writing, sleeper.watched, may=False)
+    disk = Disk(folder)
+    disk.adopt(sleeper.watched)
+    adopted = disk.watch.get(sleeper.workspace)
+    assert adopted is not None and adopted.is_stopped
+    async with watching(folder, sleeper) as watch:
+        watch.watch(adopted)
+        await until(lambda: not writing_is_stopped(adopted), "it may write")
 
 
 def test_a_limit_outlives_the_supervisor_that_set_it(folder: Path) -> None:
