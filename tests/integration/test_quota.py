@@ -202,8 +202,9 @@ def test_deleted_but_open_and_mapped_and_sparse_files_are_no_way_out(place: Plac
         return 0
 
     assert as_sandbox(sandbox, hold_deleted) in OVER
-    assert (sandbox.workspace / "filled").stat().st_size <= 5 * MIB
-    assert as_sandbox(sandbox, lambda: os.truncate("filled", 0) or 0) == 0
+    filled = sandbox.workspace / "filled"  # XFS may have reserved so much for the other that it isn't even there
+    assert not filled.exists() or filled.stat().st_size <= 5 * MIB
+    filled.unlink(missing_ok=True)
     assert as_sandbox(sandbox, map_a_hole) == -signal.SIGBUS
     assert disk.usage_of(sandbox.workspace, sandbox.uid) <= LIMIT
 
