@@ -157,6 +157,7 @@ class Keeper:
             "turn": self._start_turn,
             "interrupt": self._stop_turn,
             "acked": self._acknowledge,
+            "note": self._note,
             "end": self._stop,
         }
         self._supervisor = Reception("keeper.sock", self._selector, self._standing, commands)
@@ -206,9 +207,7 @@ class Keeper:
             self._life = Life.ENDING
             self._cause = cause
             self._turn_deadline = FOREVER
-            self._interrupted_as = (
-                self._interrupted_as or outcomes.INTERRUPTED
-            )  # whatever the bridge will say of an open turn
+            self._interrupted_as = self._interrupted_as or outcomes.of_cause(cause)  # whatever the bridge will say
             self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
             self._bridge.send(encode_line({"type": "end"}))
 
@@ -308,6 +307,10 @@ class Keeper:
     def _acknowledge(self, command: dict[str, Any]) -> None:
         if self._ledger is not None:
             self._ledger.writer.acknowledge(command["seq"])
+
+    def _note(self, command: dict[str, Any]) -> None:
+        """A line in the session's log about what its sandbox was limited in."""
+        self._complain(command["text"])
 
     def _stop(self, command: dict[str, Any]) -> dict[str, Any]:
         self._end(command.get("cause", "ended"))

@@ -14,20 +14,26 @@ from sandbox.frames import agents_code, text_of
 from sandbox.ledger import Outcome
 from sandbox.memory import Kill
 
-TIMEOUT, INTERRUPTED = "timeout", "interrupted"
+TIMEOUT, INTERRUPTED, DISK = "timeout", "interrupted", "disk"
+_STOPPED = {
+    TIMEOUT: Outcome("timeout", "The turn took longer than it may.", "turn.timeout"),
+    INTERRUPTED: Outcome("interrupted"),
+    DISK: Outcome("failed", "The workspace grew beyond its limit of disk space or files.", "sandbox.disk"),
+}
 
 
-def asked_to_stop(outcome: str) -> Outcome:
+def of_cause(cause: str) -> str:
+    """What a turn is asked to stop for when its sandbox is ended for `cause`."""
+    return cause if cause in _STOPPED else INTERRUPTED
+
+
+def asked_to_stop(why: str) -> Outcome:
     """Of a turn that was asked to stop, whatever it says itself."""
-    return (
-        Outcome(TIMEOUT, "The turn took longer than it may.", "turn.timeout")
-        if outcome == TIMEOUT
-        else Outcome(outcome)
-    )
+    return _STOPPED[why]
 
 
 def of_end(end: dict[str, Any], asked: str, agent_kill: Kill | None) -> Outcome:
-    """Of a turn whose end a bridge tells; `asked` is the outcome it was asked to stop for, if it was."""
+    """Of a turn whose end a bridge tells; `asked` is what it was asked to stop for, if it was."""
     error = text_of(end, "error", "")
     if asked:
         return asked_to_stop(asked)
@@ -46,7 +52,7 @@ def of_death(status: int, cause: str, asked: str, agent_kill: Kill | None) -> tu
     if cause == TIMEOUT:
         return cause, asked_to_stop(TIMEOUT)
     if cause:
-        return cause, Outcome(asked or INTERRUPTED)
+        return cause, asked_to_stop(asked or of_cause(cause))
     if not os.WIFSIGNALED(status):
         code = os.waitstatus_to_exitcode(status)
         return "exited", Outcome("failed", f"The agent's process exited with code {code}.", "sandbox.exited")

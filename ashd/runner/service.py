@@ -121,7 +121,7 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             cpu_seconds=used.cpu_s,
             processes=used.processes,
             descriptors=used.descriptors,
-            disk_bytes=sandbox.disk_bytes,
+            disk_bytes=self._supervisor.disk_bytes(sandbox),
         )
 
     async def EndSession(

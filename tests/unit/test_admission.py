@@ -23,7 +23,7 @@ class Host:
         self.reads = 0
         self.now_s = 0.0
         self.admission = Admission(
-            headroom_mib * MIB, most_pressure, self.read, lambda: sandbox_mib * MIB, lambda: self.now_s
+            headroom_mib * MIB, most_pressure, self.read, lambda: sandbox_mib * MIB, lambda: "", lambda: self.now_s
         )
 
     def read(self) -> Reading:
