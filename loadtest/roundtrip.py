@@ -86,7 +86,12 @@ class Summary:
 
 
 class Failure(Exception):
-    """A request did not do what it should have."""
+    """A request did not do what it should have. `status` is 0 where there was no answer, or a broken one."""
+
+    def __init__(self, text: str, status: int = 0, code: str = "") -> None:
+        super().__init__(text)
+        self.status = status
+        self.code = code
 
 
 class Connection:
@@ -140,7 +145,8 @@ class Connection:
             response = http.client.HTTPResponse(self._http.sock, method=method)
             response.begin()
             if response.status >= 400:
-                raise Failure(f"{method} {path}: {response.status} {_reason(response.read(4096))}")
+                text, code = _reason(response.read(4096))
+                raise Failure(f"{method} {path}: {response.status} {text}", response.status, code)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise Failure(f"{method} {path}: {error!r}") from None
@@ -189,11 +195,13 @@ def _assistant_text(message: dict[str, Any]) -> str:
     return "".join(block.get("text", "") for block in message["message"]["content"])
 
 
-def _reason(body: bytes) -> str:
+def _reason(body: bytes) -> tuple[str, str]:
+    """Text and code of an error's envelope; of anything else its beginning, and no code."""
     try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200].decode("utf-8", "replace")
+        envelope = json.loads(body)
+        return str(envelope["error"]), str(envelope.get("code", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:200].decode("utf-8", "replace"), ""
 
 
 # ---------------------------------------------------------------- one run
