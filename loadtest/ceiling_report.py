@@ -63,7 +63,7 @@ def reason(run: dict[str, Any]) -> str:
 
 def shortened(detail: str, most: int = 110) -> str:
     """The server's words without method and path, on one line, safe in a table."""
-    text = re.sub(r"^[A-Z]+ \S+: ", "", " ".join(detail.split())).replace("|", "/")
+    text = re.sub(r"^[A-Z]+ \S+: (\d{3} )?", "", " ".join(detail.split())).replace("|", "/")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -163,6 +163,12 @@ class NoLibrary(Exception):
 
 
 _COLOURS = {512: "#1f77b4", 256: "#2ca02c", 128: "#ff7f0e", None: "#7f7f7f"}
+_MEMORY = (
+    ("lost_bytes", "-", "gone of the host's memory"),
+    ("sandboxes_pss_bytes", "--", "PSS of the sandboxes"),
+    ("kernel_growth_bytes", ":", "kernel's own"),
+)
+_LATENCY = (("p50", "-"), ("p95", "--"))
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -170,52 +176,47 @@ def draw(report: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise NoLibrary("the picture needs matplotlib: pip install 'ashd[loadtest]', then --from the JSON") from None
+        raise NoLibrary("it needs matplotlib: pip install 'matplotlib>=3.10,<4', then --from") from None
     runs = [run for run in report["runs"] if len(run["steps"]) > 1]
     kinds = [kind for kind in AGENTS if any(run["agent"] == kind for run in runs)] or ["idle"]
-    figure = Figure(figsize=(5.2 * len(kinds) + 1.2, 8.4), layout="constrained")
-    axes = figure.subplots(2, len(kinds), squeeze=False, sharex="col")
-    for column, kind in enumerate(kinds):
-        memory, latency = axes[0][column], axes[1][column]
-        for run in (run for run in runs if run["agent"] == kind):
-            _draw_run(run, memory, latency)
-        memory.set_title(AGENTS[kind])
-        memory.set_ylabel("GiB")
-        latency.set_ylabel("create, ms")
-        latency.set_xlabel("sandboxes")
-        for axis in (memory, latency):
-            axis.set_ylim(bottom=0)
-            axis.set_xlim(left=0)
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize="x-small", loc="upper left")
-    figure.suptitle(f"Sandboxes against memory, {report['at'][:10]} · {report['machine']}", fontsize="medium")
+    figure = Figure(figsize=(max(5.2 * len(kinds), 8), 8.4), layout="constrained")
+    for column, axes in enumerate(zip(*figure.subplots(2, len(kinds), squeeze=False, sharex="col"), strict=True)):
+        mine = [run for run in runs if run["agent"] == kinds[column]]
+        _draw_agent(mine, AGENTS[kinds[column]], *axes)
+    figure.suptitle(f"Sandboxes against memory, {report['at'][:10]}\n{report['machine']}", fontsize="medium")
     figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
+def _draw_agent(runs: Sequence[dict[str, Any]], title: str, memory: Any, latency: Any) -> None:
+    for run in runs:
+        _draw_run(run, memory, latency)
+    for style, what in [line[1:] for line in _MEMORY]:
+        memory.plot([], [], style, color="black", label=what)
+    for point, style in _LATENCY:
+        latency.plot([], [], style, color="black", label=point)
+    memory.set_title(title)
+    memory.set_ylabel("GiB")
+    latency.set_ylabel("create, ms")
+    latency.set_xlabel("sandboxes")
+    for axis in (memory, latency):
+        axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="upper left")
+
+
 def _draw_run(run: dict[str, Any], memory: Any, latency: Any) -> None:
-    colour, limit = _COLOURS.get(run["memory_limit_mb"], "#9467bd"), named(run["memory_limit_mb"])
-    steps = run["steps"]
+    steps, colour = run["steps"], _COLOURS.get(run["memory_limit_mb"], "#9467bd")
     counts = [step["sandboxes"] or step["sessions"] for step in steps]
-    kinds = (
-        ("lost_bytes", "-", "gone of the host's"),
-        ("sandboxes_pss_bytes", "--", "PSS"),
-        ("kernel_growth_bytes", ":", "kernel"),
-    )
-    for kind, style, what in kinds:
-        memory.plot(counts, [step[kind] / GIB for step in steps], style, color=colour, label=f"{limit}: {what}")
+    for kind, style, _ in _MEMORY:
+        memory.plot(counts, [step[kind] / GIB for step in steps], style, color=colour)
     timed = [(count, step["create_ms"]) for count, step in zip(counts, steps, strict=True) if step["create_ms"]]
-    for point, style in (("p50", "-"), ("p95", "--")):
-        latency.plot(
-            [count for count, _ in timed], [create[point] for _, create in timed], style, color=colour,
-            label=f"{limit}: {point}",
-        )  # fmt: skip
-    memory.plot(counts[-1], steps[-1]["lost_bytes"] / GIB, "x", color=colour, markersize=9, markeredgewidth=2)
+    for point, style in _LATENCY:
+        latency.plot([count for count, _ in timed], [create[point] for _, create in timed], style, color=colour)
+    end = f"limit {named(run['memory_limit_mb'])}: {counts[-1]}, {REASONS[run['stop']['reason']]}"
+    top = steps[-1]["lost_bytes"] / GIB
+    memory.plot(counts[-1], top, "X", color=colour, markersize=9, markeredgecolor="black", label=end)
     latency.axvline(counts[-1], color=colour, linewidth=0.8, linestyle="-.")
-    memory.annotate(
-        f"{counts[-1]}: {REASONS[run['stop']['reason']]}", (counts[-1], steps[-1]["lost_bytes"] / GIB),
-        xytext=(-4, -10), textcoords="offset points", fontsize="x-small", color=colour, ha="right", va="top",
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- another machine
@@ -277,14 +278,14 @@ def capacity_block(report: dict[str, Any], source: str, machine: Machine | None 
         *(f"{note}." for note in report["notes"]),
         "",
         f"Sandboxes on {machine.name}, from what one costs on the measured machine. Room for them there: 16 GiB, less",
-        f"{mib(machine.system, 0)} MiB for the system (assumed), {mib(machine.headroom, 0)} MiB `memory_headroom`, and the",
-        f"{mib(platform, 0)} MiB that coordinator, runner and database had before the first sandbox:",
-        f"{mib(machine.room(platform), 0)} MiB. A number in brackets is what memory would hold where `max_sandboxes` ends it before.",
+        f"{mib(machine.system, 0)} MiB for the system (assumed), {mib(machine.headroom, 0)} MiB `memory_headroom`, and",
+        f"the {mib(platform, 0)} MiB that coordinator, runner and database had before the first sandbox:",
+        f"{mib(machine.room(platform), 0)} MiB. Where `max_sandboxes` ends it first, what memory holds is in brackets.",
         "",
         *table(scaled_rows),
         "",
-        "What one more sandbox took from the measured machine, MiB (the slope of MemAvailable); in brackets the PSS of its",
-        "processes:",
+        "What one more sandbox took from the measured machine, MiB (the slope of MemAvailable); in brackets the PSS of",
+        "its processes:",
         "",
         *table(each_rows),
         "",

@@ -4,8 +4,8 @@ Covers: memory and processes of this host at one moment, split into sandboxes an
 Leaves out: hosts elsewhere; when to look (ramp.py).
 
 PSS is what can be charged to a process: its own pages, and of shared ones its share. Summed over all who share, each
-page counts once. What the kernel itself spends on processes, namespaces, mounts and cgroups is in nobody's PSS; it shows
-in MemAvailable, and in part in the counters of KERNEL.
+page counts once. What the kernel itself spends on processes, namespaces, mounts and cgroups is in nobody's PSS; it
+shows in MemAvailable, and in part in the counters of KERNEL.
 
 Sources: proc_pid_smaps(5), proc_pid_stat(5), proc_meminfo(5).
 """

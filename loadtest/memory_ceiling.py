@@ -35,16 +35,15 @@ import roundtrip
 from host_memory import Host, Watch
 from installation import Installation, NotStarted
 from ramp import MIB, Bounds, Ramp, Server, named
-from roundtrip import Failure
+from roundtrip import Failure, count
 
 GIB = 1024 * MIB
 OK, NOT_CLEAN, UNUSABLE, INTERRUPTED = 0, 1, 3, 130
 LIMITS: tuple[int | None, ...] = (512, 256, 128, None)
 NO_LIMIT = "1024GiB"
 """The runner's own limit where sandboxes shall have none: more than any host has."""
-STEPS = {"idle": 20, "heap64": 8, "heap256": 4, "subprocess": 8}
+STEPS = {"idle": 40, "heap64": 8, "heap256": 4, "subprocess": 8}
 """Sessions between two looks at the host, unless --step says."""
-DEPLOY_TIMEOUT_S = 30
 
 SUITE_MEMORY = 10 * GIB
 SUITE_SESSIONS = 1000
@@ -88,7 +87,7 @@ def measure(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     if options.url:
         return _ramped(options, plan, Server(options.url, options.api_key, options.timeout), Watch(None))
     base = _base(options.config)
-    # Not memory but our own ceiling would end it; where the file or ASH_MAX_SANDBOXES says less, that is what is wanted.
+    # Memory is to end it, not a number; where the file or ASH_MAX_SANDBOXES says another, that is what is wanted.
     base = {**base, "runner": {"max_sandboxes": max(plan.sessions, 1000), **base.get("runner", {})}}
     os.environ.pop("ASH_MEMORY_HEADROOM", None)  # ours, which is checked, is in the file
     with Installation(settings(plan), base) as own:
@@ -119,35 +118,38 @@ def _ramped(options: argparse.Namespace, plan: Plan, server: Server, watch: Watc
 
 
 def suite(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every limit with every agent, as many as the time allows. The last run says if it was interrupted."""
+    """Every limit with every agent, as far as the time goes; ends early when interrupted."""
     over = time.monotonic() + options.max_minutes * 60
+    plans = [(agent, limit) for agent in ramp.AGENTS for limit in LIMITS]
     runs: list[dict[str, Any]] = []
-    for agent in ramp.AGENTS:
-        for limit in LIMITS:
-            left = (over - time.monotonic()) / 60
-            if left <= 0.5:
-                print(f"{agent}, limit {named(limit)}: left out, the suite's time is over", file=sys.stderr)
-                continue
-            headroom = max(options.stop_at_available, Host.now().available - options.use_at_most)
-            minutes = min(SUITE_RUN_MINUTES, left)
-            plan = Plan(agent, limit, options.max_sessions, minutes, options.step or STEPS[agent], headroom)
-            runs.append(measure(options, plan))
-            if runs[-1]["stop"]["reason"] == "interrupted":
-                return runs
+    for number, (agent, limit) in enumerate(plans):
+        minutes = fair_share((over - time.monotonic()) / 60, len(plans) - number)
+        if minutes <= 0:
+            print(f"{agent}, limit {named(limit)}: left out, the suite's time is over", file=sys.stderr)
+            continue
+        headroom = max(options.stop_at_available, Host.now().available - options.use_at_most)
+        plan = Plan(agent, limit, options.max_sessions, minutes, options.step or STEPS[agent], headroom)
+        runs.append(measure(options, plan))
+        if runs[-1]["stop"]["reason"] == "interrupted":
+            break
     return runs
+
+
+def fair_share(left: float, runs: int) -> float:
+    """Minutes one run may ramp: twice its share of what is left, for not every run needs its own."""
+    return min(SUITE_RUN_MINUTES, 2 * left / runs)
 
 
 # ---------------------------------------------------------------- writing
 
 
 def report_of(options: argparse.Namespace, argv: Sequence[str], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    shown = roundtrip.shown_command(argv).replace("roundtrip.py", "memory_ceiling.py", 1)
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": options.machine or roundtrip.machine(),
         "commit": options.commit or roundtrip.commit(),
         "version": runs[0]["version"] if runs else "unknown",
-        "command": shown,
+        "command": roundtrip.shown_command(argv, "memory_ceiling.py"),
         "notes": [options.note] if options.note else [],
         "runs": runs,
     }
@@ -197,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--suite", action="store_true", help="every limit (512, 256, 128, none) with every agent")
     what.add_argument("--from", dest="source", type=Path, metavar="JSON", help="measure nothing: write this one again")
     bounds = top.add_argument_group("bounds")
-    bounds.add_argument("--max-sessions", type=_count(10_000), metavar="N", help=f"default: {SUITE_SESSIONS}")
+    bounds.add_argument("--max-sessions", type=count(10_000), metavar="N", help=f"default: {SUITE_SESSIONS}")
     bounds.add_argument(
         "--max-minutes", type=_minutes, metavar="M", help=f"default: 10; of a suite {SUITE_MINUTES:.0f}"
     )
@@ -208,10 +210,10 @@ def parser() -> argparse.ArgumentParser:
     bounds.add_argument(
         "--use-at-most", type=_size, default=SUITE_MEMORY, metavar="SIZE", help="in a suite; default: 10GiB"
     )
-    bounds.add_argument("--step", type=_count(1000), metavar="N", help="sessions between two looks at the host")
-    bounds.add_argument("--concurrency", type=_count(64), default=4, metavar="N", help="default: %(default)s")
+    bounds.add_argument("--step", type=count(1000), metavar="N", help="sessions between two looks at the host")
+    bounds.add_argument("--concurrency", type=count(64), default=4, metavar="N", help="default: %(default)s")
     bounds.add_argument(
-        "--timeout", type=_count(600), default=30, metavar="S", help="of a request; default: %(default)s"
+        "--timeout", type=count(600), default=30, metavar="S", help="of a request; default: %(default)s"
     )
     out = top.add_argument_group("what is written")
     out.add_argument(
@@ -224,14 +226,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _count(most: int) -> Any:
-    return roundtrip._count(most)
-
-
 def _limit(text: str) -> int | None:
     if text == "none":
         return None
-    return int(_count(1024 * 1024)(text))
+    return int(count(1024 * 1024)(text))
 
 
 def _minutes(text: str) -> float:

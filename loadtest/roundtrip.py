@@ -453,7 +453,7 @@ def commit() -> str:
     return name.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
 
 
-def shown_command(argv: Sequence[str]) -> str:
+def shown_command(argv: Sequence[str], script: str = "roundtrip.py") -> str:
     """The command line without the key, and without what only describes the measurement."""
     shown: list[str] = []
     rest = iter(argv)
@@ -464,7 +464,7 @@ def shown_command(argv: Sequence[str]) -> str:
                 next(rest, None)
         else:
             shown.append(shlex.quote(argument))
-    return " ".join(["python loadtest/roundtrip.py", *shown])
+    return " ".join([f"python loadtest/{script}", *shown])
 
 
 def write_measurement(folder: Path, report: dict[str, Any], today: str) -> Path:
@@ -523,21 +523,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--url", default="http://127.0.0.1:4100", help="default: %(default)s")
     top.add_argument("--api-key", default=os.environ.get("ASH_API_KEY"), metavar="KEY", help="default: ASH_API_KEY")
     top.add_argument("--agent", metavar="NAME", help="an agent that is there; default: an echo agent made and removed")
-    top.add_argument("--sessions", type=_count(MOST_SESSIONS), default=20, metavar="N", help="default: %(default)s")
+    top.add_argument("--sessions", type=count(MOST_SESSIONS), default=20, metavar="N", help="default: %(default)s")
     top.add_argument(
-        "--messages", type=_count(MOST_MESSAGES, least=0), default=200, metavar="N", help="in all; default: %(default)s"
+        "--messages", type=count(MOST_MESSAGES, least=0), default=200, metavar="N", help="in all; default: %(default)s"
     )
     top.add_argument(
         "--concurrency",
-        type=_count(MOST_CONCURRENCY),
+        type=count(MOST_CONCURRENCY),
         nargs="+",
         default=[1],
         metavar="N",
         help="clients at once; several numbers are measured one after the other (default: 1)",
     )
-    top.add_argument("--max-seconds", type=_count(MOST_SECONDS), default=120, metavar="S", help="default: %(default)s")
+    top.add_argument("--max-seconds", type=count(MOST_SECONDS), default=120, metavar="S", help="default: %(default)s")
     top.add_argument(
-        "--timeout", type=_count(MOST_SECONDS), default=30, metavar="S", help="of a request; default: %(default)s"
+        "--timeout", type=count(MOST_SECONDS), default=30, metavar="S", help="of a request; default: %(default)s"
     )
     top.add_argument("--json", type=Path, metavar="FILE", help="write the report, raw latencies included")
     top.add_argument(
@@ -550,8 +550,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _count(most: int, *, least: int = 1) -> Callable[[str], int]:
-    def count(text: str) -> int:
+def count(most: int, *, least: int = 1) -> Callable[[str], int]:
+    """A type of whole numbers for argparse."""
+
+    def checked(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -560,7 +562,7 @@ def _count(most: int, *, least: int = 1) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
         return value
 
-    return count
+    return checked
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
