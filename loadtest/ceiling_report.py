@@ -68,7 +68,7 @@ def shortened(detail: str, most: int = 110) -> str:
 
 
 SUMMARY_HEAD = (
-    "limit", "agent", "sandboxes", "MiB gone", "MiB each", "of it PSS", "platform", "kernel",
+    "limit", "agent", "sandboxes", "MiB gone", "MiB each", "of it PSS", "platform", "kernel", "gone each",
     "create p50 ms", "p95 ms", "CPU idle %", "active at the end", "failures", "left", "stopped by",
 )  # fmt: skip
 
@@ -81,8 +81,9 @@ def summary_row(run: dict[str, Any]) -> list[str]:
         AGENTS[run["agent"]],
         str(run["sessions"]),
         mib(steps[-1]["lost_bytes"] if each else None, 0),
-        *(mib(each.get(kind)) for kind in ("lost_bytes", "sandboxes_pss_bytes")),
+        *(mib(each.get(kind)) for kind in ("counted_bytes", "sandboxes_pss_bytes")),
         *(mib(each.get(kind), 2) for kind in ("platform_growth_bytes", "kernel_growth_bytes")),
+        mib(each.get("lost_bytes")),
         *(f"{create[point]:.0f}" if create else "–" for point in ("p50", "p95")),
         f"{sum(run['idle_cpu_percent'].values()):.1f}" if run["idle_cpu_percent"] else "–",
         str(run["active_at_end"]),
@@ -252,7 +253,7 @@ def scaled(machine: Machine, run: dict[str, Any] | None) -> str:
         return "not measured"
     if run["stop"]["reason"] == "failing":
         return "does not fit"
-    count = fits(machine.room(run["platform_pss_bytes"]), (run["per_sandbox_bytes"] or {}).get("lost_bytes"))
+    count = fits(machine.room(run["platform_pss_bytes"]), (run["per_sandbox_bytes"] or {}).get("counted_bytes"))
     if count is None:
         return "–"
     return f"{machine.sandboxes} ({count})" if count > machine.sandboxes else str(count)
@@ -284,8 +285,8 @@ def capacity_block(report: dict[str, Any], source: str, machine: Machine | None 
         "",
         *table(scaled_rows),
         "",
-        "What one more sandbox took from the measured machine, MiB (the slope of MemAvailable); in brackets the PSS of",
-        "its processes:",
+        "What one more sandbox cost there, MiB: PSS of its processes, and what platform and kernel grew by. In",
+        "brackets what the whole machine had less of, by MemAvailable; others using it meanwhile are in that number, too.",
         "",
         *table(each_rows),
         "",
@@ -303,7 +304,7 @@ def _cell(run: dict[str, Any] | None, text: Callable[[dict[str, Any]], str]) -> 
 
 def _each(run: dict[str, Any]) -> str:
     each = run["per_sandbox_bytes"]
-    return "–" if each is None else f"{mib(each['lost_bytes'])} ({mib(each['sandboxes_pss_bytes'])})"
+    return "–" if each is None else f"{mib(each['counted_bytes'])} ({mib(each['lost_bytes'])})"
 
 
 def _seen(run: dict[str, Any]) -> str:

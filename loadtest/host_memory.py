@@ -123,6 +123,8 @@ class Sample:
     sandboxes: int
     processes: int
     sandboxes_pss: int
+    keepers_pss: int
+    """Of sandboxes_pss."""
     platform_pss: int
 
 
@@ -135,7 +137,9 @@ class Watch:
     def sample(self, sessions: Collection[str]) -> Sample:
         host = Host.now()  # ORDER: first, so that our own reading of /proc is not in it
         found, sandboxes, platform = self._split(sessions)
-        return Sample(host, found, len(sandboxes), pss_bytes(sandboxes), pss_bytes(platform))
+        sizes = {pid: pss_bytes((pid,)) for pid in sandboxes}
+        keepers_pss = sum(sizes[pid] for pid in found)
+        return Sample(host, len(found), len(sandboxes), sum(sizes.values()), keepers_pss, pss_bytes(platform))
 
     def cpu_s(self, sessions: Collection[str]) -> tuple[float, float]:
         """Processor time so far of the sandboxes and of the platform."""
@@ -145,13 +149,13 @@ class Watch:
 
     def _split(
         self, sessions: Collection[str], all_: dict[int, Process] | None = None
-    ) -> tuple[int, set[int], set[int]]:
-        """How many keepers there are, the processes of their sandboxes, and those of the platform."""
+    ) -> tuple[set[int], set[int], set[int]]:
+        """The keepers, all processes of their sandboxes, and those of the platform."""
         all_ = processes() if all_ is None else all_
-        found = keepers(all_, sessions)
+        found = set(keepers(all_, sessions))
         sandboxes = below(all_, found)
         platform = below(all_, [self._root]) - sandboxes if self._root is not None else set()
-        return len(found), sandboxes, platform
+        return found, sandboxes, platform
 
 
 def still_there(before: dict[int, Process]) -> Iterator[int]:

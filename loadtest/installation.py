@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from host_memory import Process, below, processes, still_there
+from interrupts import undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 90.0
@@ -54,11 +55,16 @@ class Installation:
         self.left: list[str] = []
 
     def __enter__(self) -> Self:
-        self.folder = Path(tempfile.mkdtemp(prefix="ashd-ceiling-"))
-        self.folder.chmod(0o711)  # root's database runs under another user id, which must be able to walk through
-        self._log = self.folder / "log"
+        with undisturbed():
+            self.folder = Path(tempfile.mkdtemp(prefix="ashd-ceiling-"))
+            self.folder.chmod(0o711)  # root's database runs under another user id, which must be able to walk through
+            self._log = self.folder / "log"
+            try:
+                self._start()
+            except BaseException:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
         try:
-            self._start()
             self._wait_until_ready()
         except BaseException:
             self._stop()
@@ -110,19 +116,15 @@ class Installation:
     def _said(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def warnings(self) -> list[str]:
-        """What its parts warned of."""
-        return [line for line in self._said().splitlines() if " WARNING " in line or " ERROR " in line]
-
     def _stop(self) -> None:
         """Ends it, then whatever of it is left, and says what was: `left` is empty when all went well."""
-        if not hasattr(self, "_process"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
+        with undisturbed():
+            self._end()
+
+    def _end(self) -> None:
         all_ = processes()
         ours = {pid: all_[pid] for pid in below(all_, [self.pid])}
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

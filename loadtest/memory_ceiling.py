@@ -19,21 +19,21 @@ import contextlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ceiling_report
 import ramp
 import roundtrip
 from host_memory import Host, Watch
 from installation import Installation, NotStarted
+from interrupts import as_interrupts
 from ramp import MIB, Bounds, Ramp, Server, named
 from roundtrip import Failure, count
 
@@ -117,22 +117,25 @@ def _ramped(options: argparse.Namespace, plan: Plan, server: Server, watch: Watc
     return run
 
 
-def suite(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every limit with every agent, as far as the time goes; ends early when interrupted."""
+def suite(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every limit with every agent, as far as the time goes."""
     over = time.monotonic() + options.max_minutes * 60
     plans = [(agent, limit) for agent in ramp.AGENTS for limit in LIMITS]
-    runs: list[dict[str, Any]] = []
     for number, (agent, limit) in enumerate(plans):
         minutes = fair_share((over - time.monotonic()) / 60, len(plans) - number)
         if minutes <= 0:
             print(f"{agent}, limit {named(limit)}: left out, the suite's time is over", file=sys.stderr)
             continue
         headroom = max(options.stop_at_available, Host.now().available - options.use_at_most)
-        plan = Plan(agent, limit, options.max_sessions, minutes, options.step or STEPS[agent], headroom)
-        runs.append(measure(options, plan))
-        if runs[-1]["stop"]["reason"] == "interrupted":
-            break
-    return runs
+        step = options.step or STEPS[agent]
+        yield measure(options, Plan(agent, limit, options.max_sessions, minutes, step, headroom))
+
+
+def single(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The one ramp asked for."""
+    step, headroom = options.step or STEPS[options.agent], options.stop_at_available
+    plan = Plan(options.agent, options.memory_limit, options.max_sessions, options.max_minutes, step, headroom)
+    yield measure(options, plan)
 
 
 def fair_share(left: float, runs: int) -> float:
@@ -277,12 +280,21 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.source:
         return _written_again(options)
-    signal.signal(signal.SIGTERM, _interrupt)
+    as_interrupts()
+    runs: list[dict[str, Any]] = []
+    interrupted = False
     try:
-        runs = suite(options) if options.suite else [measure(options, _single(options))]
+        for run in suite(options) if options.suite else single(options):
+            runs.append(run)
+            if interrupted := run["stop"]["reason"] == "interrupted":
+                break
     except (NotStarted, Failure, KeyError, TypeError, ValueError) as error:
         print(f"{options.url or 'a server of its own'} can't be measured: {error}", file=sys.stderr)
         return UNUSABLE
+    except KeyboardInterrupt:
+        interrupted = True
+    if not runs:
+        return INTERRUPTED
     report = report_of(options, argv, runs)
     folder, stem = _target(options, report)
     files = write(report, folder, stem)
@@ -291,14 +303,7 @@ def main(argv: Sequence[str]) -> int:
         update_capacity_page(options.capacity_page, report, files[0])
         files.append(options.capacity_page)
     print("written: " + ", ".join(str(file) for file in files))
-    return _status(runs)
-
-
-def _single(options: argparse.Namespace) -> Plan:
-    step = options.step or STEPS[options.agent]
-    return Plan(
-        options.agent, options.memory_limit, options.max_sessions, options.max_minutes, step, options.stop_at_available
-    )
+    return INTERRUPTED if interrupted else _status(runs)
 
 
 def _target(options: argparse.Namespace, report: dict[str, Any]) -> tuple[Path, str]:
@@ -310,8 +315,6 @@ def _target(options: argparse.Namespace, report: dict[str, Any]) -> tuple[Path, 
 
 
 def _status(runs: Sequence[Mapping[str, Any]]) -> int:
-    if any(run["stop"]["reason"] == "interrupted" for run in runs):
-        return INTERRUPTED
     return NOT_CLEAN if any(run["left"] or run["active_at_end"] != run["sessions"] for run in runs) else OK
 
 
@@ -324,11 +327,6 @@ def _written_again(options: argparse.Namespace) -> int:
         update_capacity_page(options.capacity_page, report, source)
     print("written: " + ", ".join(str(file) for file in files))
     return OK
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    """SIGTERM as ctrl-c: what was made is removed."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

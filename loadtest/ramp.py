@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from host_memory import Host, Sample, Watch
+from interrupts import undisturbed
 from roundtrip import Connection, Failure, Progress, Summary
 
 MIB = 1024 * 1024
@@ -36,6 +37,8 @@ GONE_S = 20.0
 JOIN_PAUSE_S = 0.1
 PAGE = 1000
 
+COUNTED = ("sandboxes_pss_bytes", "platform_growth_bytes", "kernel_growth_bytes")
+"""What together is the memory that can be laid to the sandboxes' door, whatever others on the host do meanwhile."""
 FULL = ("fleet.full", "runner.full")
 
 _TURN = """
@@ -144,8 +147,9 @@ def per_sandbox(steps: Sequence[dict[str, Any]]) -> dict[str, int] | None:
     counts = [step["sandboxes"] for step in steps]
     if len(set(counts)) < 2:
         return None
-    kinds = ("lost_bytes", "sandboxes_pss_bytes", "platform_growth_bytes", "kernel_growth_bytes")
-    return {kind: round(slope(counts, [step[kind] for step in steps])) for kind in kinds}
+    kinds = ("lost_bytes", "keepers_pss_bytes", *COUNTED)
+    each = {kind: round(slope(counts, [step[kind] for step in steps])) for kind in kinds}
+    return {**each, "counted_bytes": sum(each[kind] for kind in COUNTED)}
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -220,7 +224,8 @@ class Ramp:
                 self._found.stop = self._climb()
                 self._look_around()
         finally:
-            self._clean_up()
+            with undisturbed():
+                self._clean_up()
         return self._found
 
     # ------------------------------------------------------------ upwards
@@ -325,6 +330,7 @@ class Ramp:
             "lost_bytes": before.host.available - sample.host.available,
             "kernel_growth_bytes": sample.host.kernel - before.host.kernel,
             "sandboxes_pss_bytes": sample.sandboxes_pss,
+            "keepers_pss_bytes": sample.keepers_pss,
             "platform_growth_bytes": sample.platform_pss - before.platform_pss,
             "create_ms": asdict(summary) if summary else None,
         }

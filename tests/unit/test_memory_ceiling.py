@@ -5,8 +5,8 @@ from __future__ import annotations
 import _thread
 import itertools
 import json
-import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from tests.loadtests import script
 
 ceiling_report = script("ceiling_report")
 host_memory = script("host_memory")
+interrupts = script("interrupts")
 installation = script("installation")
 memory_ceiling = script("memory_ceiling")
 ramp = script("ramp")
@@ -99,9 +100,11 @@ def test_one_point_has_no_slope_and_no_cost_of_a_sandbox() -> None:
     assert ramp.per_sandbox([_step(0), _step(0)]) is None
     assert ramp.per_sandbox([_step(0), _step(10)]) == {
         "lost_bytes": 80 * MIB,
+        "keepers_pss_bytes": 2 * MIB,
         "sandboxes_pss_bytes": 70 * MIB,
         "platform_growth_bytes": 0,
         "kernel_growth_bytes": MIB,
+        "counted_bytes": 71 * MIB,
     }
 
 
@@ -193,7 +196,8 @@ def test_settings_are_laid_over_a_file_section_by_section() -> None:
 
 
 def test_no_server_is_an_exit_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert memory_ceiling.main(["--url", "http://127.0.0.1:1", "--timeout", "2"]) == 3
+    with interrupts.undisturbed():  # puts the handlers back
+        assert memory_ceiling.main(["--url", "http://127.0.0.1:1", "--timeout", "2"]) == 3
     assert "can't be measured" in capsys.readouterr().err
 
 
@@ -308,6 +312,21 @@ def _interrupting() -> Iterator[Any]:
         yield roundtrip.Failure("late", 0)
 
 
+def test_what_cleans_up_is_not_disturbed_by_interrupts_and_they_are_not_lost() -> None:
+    done = []
+
+    def clean_up() -> None:
+        with interrupts.undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        clean_up()
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 # ---------------------------------------------------------------- what is written
 
 
@@ -320,6 +339,7 @@ def _step(sandboxes: int) -> dict[str, Any]:
         "lost_bytes": 80 * MIB * sandboxes,
         "kernel_growth_bytes": MIB * sandboxes,
         "sandboxes_pss_bytes": 70 * MIB * sandboxes,
+        "keepers_pss_bytes": 2 * MIB * sandboxes,
         "platform_growth_bytes": 0,
         "create_ms": {"count": 1, "min": 1.0, "p50": 1.0, "p95": 2.0, "p99": 2.0, "max": 2.0} if sandboxes else None,
     }
@@ -349,7 +369,7 @@ def test_table_and_numbers_are_written_and_the_picture_only_where_its_library_is
     assert "pip install matplotlib" in capsys.readouterr().err
     text = (tmp_path / "day.md").read_text(encoding="utf-8")
     assert "day.png" not in text
-    assert "| 512 MiB | idle Python | 10 | 800 | 80.0 | 70.0 |" in text
+    assert "| 512 MiB | idle Python | 10 | 800 | 71.0 | 70.0 | 0.00 | 1.00 | 80.0 |" in text
     assert "admission refused: capacity / reached" in text
     assert json.loads((tmp_path / "day.json").read_text(encoding="utf-8"))["runs"][0]["sessions"] == 10
 
@@ -386,7 +406,7 @@ def test_the_page_of_capacity_gets_its_numbers_between_its_marks_and_keeps_the_r
     assert text.startswith("before\n\n<!-- measured: begin measurements/day.json -->") and text.endswith("\n\nafter\n")
     assert text.count("Measured 2026-01-01") == 1 and "stale" not in text
     room = 16 * GIB - 1024 * MIB - 256 * MIB
-    assert f"| 512 MiB | 30 | {room // (512 * MIB)} | {math.floor(room / (80 * MIB))} | not measured |" in text
+    assert f"| 512 MiB | 30 | {room // (512 * MIB)} | {room // (71 * MIB)} | not measured |" in text
     assert "does not fit" in text
     block, source = ceiling_report.block_of(text)
     assert (block, source) == (ceiling_report.capacity_block(report, source), "measurements/day.json")
@@ -401,6 +421,6 @@ def test_a_page_without_marks_is_not_guessed_at() -> None:
 
 def test_more_than_the_slots_of_a_runner_are_shown_as_its_slots() -> None:
     run = _run("idle", 512)
-    run["per_sandbox_bytes"]["lost_bytes"] = MIB
+    run["per_sandbox_bytes"]["counted_bytes"] = MIB
     count = (16 * GIB - 1024 * MIB - 256 * MIB) // MIB
     assert ceiling_report.scaled(ceiling_report.Machine(), run) == f"1000 ({count})"
