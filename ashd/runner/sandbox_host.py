@@ -42,6 +42,8 @@ class SandboxHost:
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._zygote = ZygoteProcess(config.spawn_timeout)
         self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
+        self.uids = frozenset(self._free_uids)
+        self.taken_uids: set[int] = set()
         self.enforced: list[str] = []
 
     async def open(self, tasks: asyncio.TaskGroup) -> None:
@@ -68,6 +70,28 @@ class SandboxHost:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
         return enforced
 
+    @property
+    def zygote_pid(self) -> int | None:
+        return self._zygote.pid
+
+    # ------------------------------------------------------------ groups
+
+    def group_parents(self) -> list[Path]:
+        """The cgroups below which each sandbox has its own, one in each hierarchy."""
+        return [hierarchy.parent for hierarchy in self._hierarchies]
+
+    def groups_of(self, sandbox_id: str) -> list[Path]:
+        """Where a sandbox's cgroups are, or would be."""
+        return [parent / sandbox_id for parent in self.group_parents()]
+
+    def groups(self) -> set[str]:
+        """Names of all groups of sandboxes there are. Raises OSError."""
+        return cgroup.leftovers(self._hierarchies, set())
+
+    async def remove_groups(self, name: str) -> None:
+        """Kills what runs in a group that is nobody's, and removes it."""
+        await cgroup.remove(self._hierarchies, name)
+
     # ------------------------------------------------------------ one sandbox
 
     def take_uid(self) -> int | None:
@@ -76,7 +100,15 @@ class SandboxHost:
             return None
         if not self._free_uids:
             raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
-        return self._free_uids.pop()
+        uid = self._free_uids.pop()
+        self.taken_uids.add(uid)
+        return uid
+
+    def give_back(self, uid: int) -> None:
+        """Nobody runs under this user id any more."""
+        if uid in self.taken_uids:
+            self.taken_uids.remove(uid)
+            self._free_uids.insert(0, uid)  # the longest unused goes out first
 
     def uid_of(self, folder: Path) -> int | None:
         """The user id a sandbox of an earlier supervisor has; it is taken from now on."""
@@ -86,6 +118,7 @@ class SandboxHost:
             return None
         if owner in self._free_uids:
             self._free_uids.remove(owner)
+            self.taken_uids.add(owner)
         return owner if owner != os.geteuid() else None
 
     async def make(self, sandbox: SandboxTask) -> None:
@@ -158,7 +191,7 @@ class SandboxHost:
         await self.end_processes(sandbox)
         await asyncio.to_thread(workspace.remove, sandbox.folder)
         if sandbox.uid is not None:
-            self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
+            self.give_back(sandbox.uid)
 
     async def found(self) -> list[Path]:
         """Folders of sandboxes that an earlier supervisor left; groups without a folder are removed."""
