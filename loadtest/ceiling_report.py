@@ -27,7 +27,6 @@ AGENTS = {
     "subprocess": "own Python process with 64 MiB",
 }
 REASONS = {
-    "refused": "admission refused",
     "unavailable": "server unavailable",
     "failing": "every create failed",
     "sessions": "as many as asked for",
@@ -35,6 +34,9 @@ REASONS = {
     "available": "host nearly full",
     "interrupted": "interrupted",
 }
+BOUNDS = {"memory": "memory_headroom", "memory pressure": "memory_pressure"}
+"""What a runner refuses for, by the setting its refusal names; else it is the number of slots."""
+LAST_ASKED = "(the last runner asked: "
 
 
 # ---------------------------------------------------------------- tables
@@ -56,14 +58,24 @@ def mib(size: float | None, digits: int = 1) -> str:
 
 
 def reason(run: dict[str, Any]) -> str:
-    """Why it stopped, in a few words."""
+    """Why it stopped, with the server's words."""
     detail = shortened(run["stop"]["detail"])
-    return REASONS[run["stop"]["reason"]] + (f": {detail}" if detail else "")
+    return ended_by(run) + (f": {detail}" if detail else "")
+
+
+def ended_by(run: dict[str, Any]) -> str:
+    """Why it stopped, in a word or two."""
+    stop = run["stop"]
+    if stop["reason"] == "refused":
+        bound = next((name for name, setting in BOUNDS.items() if setting in stop["detail"]), "slots")
+        return f"refused ({bound})"
+    return REASONS[stop["reason"]]
 
 
 def shortened(detail: str, most: int = 110) -> str:
-    """The server's words without method and path, on one line, safe in a table."""
+    """The server's words without method and path, the last runner's own if it quotes them; safe in a table."""
     text = re.sub(r"^[A-Z]+ \S+: (\d{3} )?", "", " ".join(detail.split())).replace("|", "/")
+    text = text.rpartition(LAST_ASKED)[2].removesuffix(")") if LAST_ASKED in text else text
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -214,7 +226,7 @@ def _draw_run(run: dict[str, Any], memory: Any, latency: Any) -> None:
     timed = [(count, step["create_ms"]) for count, step in zip(counts, steps, strict=True) if step["create_ms"]]
     for point, style in _LATENCY:
         latency.plot([count for count, _ in timed], [create[point] for _, create in timed], style, color=colour)
-    end = f"limit {named(run['memory_limit_mb'])}: {counts[-1]}, {REASONS[run['stop']['reason']]}"
+    end = f"limit {named(run['memory_limit_mb'])}: {counts[-1]}, {ended_by(run)}"
     top = steps[-1]["lost_bytes"] / GIB
     memory.plot(counts[-1], top, "X", color=colour, markersize=9, markeredgecolor="black", label=end)
     latency.axvline(counts[-1], color=colour, linewidth=0.8, linestyle="-.")
@@ -286,7 +298,7 @@ def capacity_block(report: dict[str, Any], source: str, machine: Machine | None 
         *table(scaled_rows),
         "",
         "What one more sandbox cost there, MiB: PSS of its processes, and what platform and kernel grew by. In",
-        "brackets what the whole machine had less of, by MemAvailable; others using it meanwhile are in that number, too.",
+        "brackets what the whole machine had less of, by MemAvailable; what others did meanwhile is in that number.",
         "",
         *table(each_rows),
         "",
@@ -308,7 +320,7 @@ def _each(run: dict[str, Any]) -> str:
 
 
 def _seen(run: dict[str, Any]) -> str:
-    return f"{run['sessions']}, {REASONS[run['stop']['reason']]}"
+    return f"{run['sessions']}, {ended_by(run)}"
 
 
 def with_block(text: str, block: str) -> str:

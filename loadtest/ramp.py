@@ -389,7 +389,7 @@ class Ramp:
         """Ours, and those whose creation we never heard the end of."""
         deadline = time.monotonic() + CLEAN_UP_S
         ids = {*self._ids}
-        for status in ("starting", "active", "paused"):
+        for status in ("starting", "active", "paused", "error"):
             with contextlib.suppress(Failure):
                 ids.update(self._listed(status))
         mine = sorted(ids)

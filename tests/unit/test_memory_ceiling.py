@@ -370,7 +370,7 @@ def test_table_and_numbers_are_written_and_the_picture_only_where_its_library_is
     text = (tmp_path / "day.md").read_text(encoding="utf-8")
     assert "day.png" not in text
     assert "| 512 MiB | idle Python | 10 | 800 | 71.0 | 70.0 | 0.00 | 1.00 | 80.0 |" in text
-    assert "admission refused: capacity / reached" in text
+    assert "refused (slots): capacity / reached" in text
     assert json.loads((tmp_path / "day.json").read_text(encoding="utf-8"))["runs"][0]["sessions"] == 10
 
 
@@ -410,6 +410,18 @@ def test_the_page_of_capacity_gets_its_numbers_between_its_marks_and_keeps_the_r
     assert "does not fit" in text
     block, source = ceiling_report.block_of(text)
     assert (block, source) == (ceiling_report.capacity_block(report, source), "measurements/day.json")
+
+
+def test_a_refusal_is_told_by_what_the_last_runner_said() -> None:
+    run = _run("idle", 512)
+    run["stop"]["detail"] = (
+        "POST /api/sessions: 503 Fleet capacity reached: 9 sandboxes (the last runner asked: this host has 100 MiB of "
+        "memory left, memory_headroom asks for 512 MiB)"
+    )
+    said = "this host has 100 MiB of memory left, memory_headroom asks for 512 MiB"
+    assert ceiling_report.reason(run) == f"refused (memory): {said}"
+    run["stop"]["detail"] = "POST /api/sessions: 503 Fleet capacity reached: 9 sandboxes"
+    assert ceiling_report.ended_by(run) == "refused (slots)"
 
 
 def test_a_page_without_marks_is_not_guessed_at() -> None:
