@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="memory_ceiling.py",
         description="Creates sessions until the server takes no more; what each costs its host.",
-        epilog="exit status: 0 measured, 1 measured but something was left behind or lost, 2 wrong usage, "
+        epilog="exit status: 0 measured, 1 measured, but something was left out, left behind or lost, 2 wrong usage, "
         "3 no usable server, 130 interrupted (what was measured is written)",
     )
     where = top.add_argument_group("where (default: an `ashd up` of its own, on a temporary folder)")
@@ -282,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
         return _written_again(options)
     as_interrupts()
     runs: list[dict[str, Any]] = []
-    interrupted = False
+    interrupted, expected = False, len(ramp.AGENTS) * len(LIMITS) if options.suite else 1
     try:
         for run in suite(options) if options.suite else single(options):
             runs.append(run)
@@ -290,7 +290,8 @@ def main(argv: Sequence[str]) -> int:
                 break
     except (NotStarted, Failure, KeyError, TypeError, ValueError) as error:
         print(f"{options.url or 'a server of its own'} can't be measured: {error}", file=sys.stderr)
-        return UNUSABLE
+        if not runs:
+            return UNUSABLE
     except KeyboardInterrupt:
         interrupted = True
     if not runs:
@@ -299,11 +300,11 @@ def main(argv: Sequence[str]) -> int:
     folder, stem = _target(options, report)
     files = write(report, folder, stem)
     print("\n".join(ceiling_report.summary(runs)))
-    if options.capacity_page:
+    if options.capacity_page and len(runs) == expected:
         update_capacity_page(options.capacity_page, report, files[0])
         files.append(options.capacity_page)
     print("written: " + ", ".join(str(file) for file in files))
-    return INTERRUPTED if interrupted else _status(runs)
+    return INTERRUPTED if interrupted else _status(runs, expected)
 
 
 def _target(options: argparse.Namespace, report: dict[str, Any]) -> tuple[Path, str]:
@@ -314,7 +315,9 @@ def _target(options: argparse.Namespace, report: dict[str, Any]) -> tuple[Path, 
     return options.write or Path(), f"{stem}-{options.agent}-{limit}"
 
 
-def _status(runs: Sequence[Mapping[str, Any]]) -> int:
+def _status(runs: Sequence[Mapping[str, Any]], expected: int) -> int:
+    if len(runs) < expected:
+        return NOT_CLEAN
     return NOT_CLEAN if any(run["left"] or run["active_at_end"] != run["sessions"] for run in runs) else OK
 
 

@@ -392,7 +392,7 @@ class Ramp:
         for status in ("starting", "active", "paused", "error"):
             with contextlib.suppress(Failure):
                 ids.update(self._listed(status))
-        mine = sorted(ids)
+        mine, kept = sorted(ids), list[str]()
 
         def end(connection: Connection, number: int) -> None:
             try:
@@ -401,10 +401,12 @@ class Ramp:
                 connection.json("DELETE", f"/api/sessions/{mine[number]}")
             except Failure as failure:
                 with self._lock:
-                    self._found.left.append(f"session {mine[number]}: {failure}")
+                    kept.append(str(failure))
             self._reporter.moving(f"{self._kind}: ending session {number} of {len(mine)}")
 
         self._each(len(mine), end)
+        if kept:
+            self._found.left.append(f"{len(kept)} sessions; the first: {kept[0]}")
 
     # ------------------------------------------------------------ several at a time
 

@@ -381,6 +381,25 @@ def test_the_picture_is_drawn_for_runs_that_measured_something_and_for_none(tmp_
         assert (tmp_path / "day.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("end", "status"), [(roundtrip.Failure("gone"), 1), (KeyboardInterrupt(), 130)])
+def test_a_suite_that_breaks_off_writes_what_it_has_and_leaves_the_page(
+    end: BaseException, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def suite(_: Any) -> Iterator[dict[str, Any]]:
+        yield _run("idle", 512)
+        raise end
+
+    monkeypatch.setattr(memory_ceiling, "suite", suite)
+    page = tmp_path / "capacity.md"
+    page.write_text("mine", encoding="utf-8")
+    with interrupts.undisturbed():  # puts the handlers back
+        argv = ["--suite", "--write", str(tmp_path / "out"), "--capacity-page", str(page)]
+        assert memory_ceiling.main(argv) == status
+    (raw,) = (tmp_path / "out").glob("*.json")
+    assert len(json.loads(raw.read_text(encoding="utf-8"))["runs"]) == 1
+    assert page.read_text(encoding="utf-8") == "mine"
+
+
 def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
     report = _report(_run("idle", 512), _run("heap256", 128, reason="failing"))
     for text in (ceiling_report.page(report, "day", picture=True), ceiling_report.capacity_block(report, "day.json")):
