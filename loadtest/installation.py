@@ -33,7 +33,18 @@ POLL_S = 0.1
 READY = "is running at"
 """Words of `ashd up` when the first session has somewhere to go."""
 
-_OURS = ("ASH_DATA_DIR", "ASH_STATE_DIR", "ASH_HOST", "ASH_PORT", "ASH_API_KEY", "ASH_DATABASE_URL", "ASH_MODE")
+CGROUPS = Path("/sys/fs/cgroup")
+
+_OURS = (
+    "ASH_DATA_DIR",
+    "ASH_STATE_DIR",
+    "ASH_HOST",
+    "ASH_PORT",
+    "ASH_API_KEY",
+    "ASH_DATABASE_URL",
+    "ASH_MODE",
+    "ASH_RUNNER_ID",
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,6 +62,7 @@ class Installation:
         self.api_key = f"ash_{secrets.token_urlsafe(24)}"
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.runner_id = f"ceiling-{secrets.token_hex(4)}"
         self._settings = laid_over(base or {}, settings)
         self.left: list[str] = []
 
@@ -83,6 +95,7 @@ class Installation:
         own = {
             "data_dir": str(self.folder / "data"),
             "coordinator": {"host": "127.0.0.1", "port": self.port, "api_key": self.api_key},
+            "runner": {"runner_id": self.runner_id},
         }
         with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(laid_over(self._settings, own), file)  # JSON is YAML
@@ -132,6 +145,7 @@ class Installation:
             self._process.kill()
             self._process.wait(STOP_TIMEOUT_S)
         self.left += [f"process {pid}" for pid in _ended_by_force(ours)]
+        self.left += [f"cgroup {folder}" for folder in _cgroups_removed(self.runner_id)]
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.exists():
             self.left.append(str(self.folder))
@@ -146,6 +160,16 @@ def _ended_by_force(before: dict[int, Process]) -> list[int]:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     return left
+
+
+def _cgroups_removed(runner_id: str) -> list[Path]:
+    """Removes the groups the runner has left, of either version; which those were."""
+    found = [*CGROUPS.glob(f"*/*/{runner_id}*"), *CGROUPS.glob(f"*/{runner_id}*")]
+    for folder in found:
+        for path, _, _ in os.walk(folder, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+    return found
 
 
 def laid_over(below_: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,12 +72,14 @@ def _assert_refused_at(run: dict[str, Any], sessions: int) -> None:
 
 
 def test_it_ramps_on_a_server_of_its_own_to_where_that_refuses_and_leaves_nothing(folder: Path) -> None:
-    name = f"ceiling-test-{os.getpid()}"
-    ended, run = _run(folder, "--agent", "heap64", "--memory-limit", "256", ASH_MAX_SANDBOXES="3", ASH_RUNNER_ID=name)
+    config = folder / "up.yaml"
+    config.write_text(f"runner:\n  cgroup_parent: {(name := f'ashd-ceiling-test-{os.getpid()}')}\n", encoding="utf-8")
+    arguments = ("--agent", "heap64", "--memory-limit", "256", "--config", str(config))
+    ended, run = _run(folder, *arguments, ASH_MAX_SANDBOXES="3")
     _assert_refused_at(run, 3)
     assert "64 MiB heap" in ended.stdout
     assert list((folder / "temporary").iterdir()) == []
-    assert list(CGROUPS.glob(f"*/ashd/{name}*")) == []
+    assert [*CGROUPS.glob(f"*/{name}"), *CGROUPS.glob(name)] == []
     assert _processes_named(str(folder)) == []
 
 
