@@ -47,6 +47,11 @@ class Admission:
         self.refusing = ""
         self.why = ""
 
+    @property
+    def statement(self) -> str:
+        """What coordinators are told: empty while sessions are admitted."""
+        return f"{self.refusing}: {self.why}" if self.refusing else ""
+
     def allows(self) -> bool:
         """Whether another sandbox may begin now."""
         self._look()

@@ -46,6 +46,7 @@ class Adoption:
         """A live sandbox is taken over; of a dead one everything is saved, and then nothing is left."""
         sandbox = SandboxTask(folder.name, folder, self._host.uid_of(folder), self._grew)
         sandbox.enforced = self._host.enforced
+        sandbox.isolation = self._host.isolation
         self._sandboxes.add(sandbox)
         lease = _read_lease(folder / "session.json")
         is_fenced = lease is not None and not self._take_lease(sandbox, lease)

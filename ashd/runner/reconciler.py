@@ -81,8 +81,8 @@ class Reconciler:
             await asyncio.sleep(_INTERVAL_S)
             try:
                 await self.look()
-            except OSError as error:  # the next look does it
-                _log.warning("orphans could not all be looked for", error=str(error))
+            except Exception:  # the door between housekeeping and sandboxes; the next look does it
+                _log.exception("orphans could not all be looked for")
 
     async def look(self) -> None:
         """One look, and the removal of what was nobody's at the last one too."""

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class SandboxTask:
         self.limits: SandboxLimits | None = None
         self.disk_bytes = 0
         self.closed_as = ""
+        self.kills: Counter[str] = Counter()
         self.was_warm = False
         self.recording = Recording(0)
         self._told_acked = 0
@@ -182,6 +184,8 @@ class SandboxTask:
             self.learn(Fact.LOADED)
         elif "timing" in said:
             print(json.dumps(said["timing"]), file=sys.stderr, flush=True)
+        elif "kill" in said:  # of something inside, which the sandbox survives
+            self.kills[said["kill"]] += 1
         elif "closed" in said:
             self.closed_as = said["closed"]
             self.log.info("sandbox closed", cause=said["closed"])

@@ -40,7 +40,12 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
                 "session could not be started", session=request.session_id, code=error.code, error=error.message
             )
             await status.abort(context, error)
-        return runner_pb2.StartSessionResponse(sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced)
+        return runner_pb2.StartSessionResponse(
+            sandbox_id=sandbox.id,
+            warm=sandbox.was_warm,
+            enforced=sandbox.enforced,
+            isolation=sandbox.isolation,
+        )
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context
@@ -138,6 +143,11 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         settings=_json_of(request.settings_json),
         memory_bytes=request.limits.memory_bytes,
         processes=request.limits.processes,
+        open_files=request.limits.open_files,
+        file_size_bytes=request.limits.file_size_bytes,
+        cpu_percent=request.limits.cpu_percent,
+        disk_bytes=request.limits.disk_bytes,
+        network=request.network,
     )
 
 

@@ -17,7 +17,9 @@ import json
 import sys
 import time
 import uuid
-from dataclasses import dataclass, replace
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ashd import log
 from ashd.config.schema import Bytes, RunnerConfig, SandboxLimits
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import Rejected, SandboxFailed, Unavailable
-from ashd.runner import oom, workspace
+from ashd.runner import workspace
 from ashd.runner.admission import Admission
 from ashd.runner.adoption import Adoption
 from ashd.runner.host_memory import HostMemory
@@ -60,6 +62,12 @@ class Claim:
     settings: dict[str, Any]
     memory_bytes: int
     processes: int
+    open_files: int = 0
+    file_size_bytes: int = 0
+    cpu_percent: int = 0
+    disk_bytes: int = 0
+    network: str = ""
+    """none or host; empty = the runner's default."""
 
 
 class Supervisor:
@@ -83,25 +91,32 @@ class Supervisor:
         )
         self._adoption = Adoption(config, self._host, self.sandboxes, self._tending, self._has_grown)
         self._reconciler = Reconciler(self._host, self.sandboxes, self._adoption, bundles)
-        self._protected: list[str] = []
         self._starting: dict[str, _Starting] = {}
         self.to_record: dict[str, SandboxTask] = {}
         self.has_to_record = asyncio.Event()
         self.capacity_changed = asyncio.Event()
         self.draining = False
-        self.kills = self._tending.kills
         self.orphans = self._reconciler.removed
 
     @property
     def enforced(self) -> list[str]:
-        """What this host lets us enforce on sandboxes, and whether it lets us protect ourselves."""
-        return [*self._host.enforced, *self._protected]
+        """What this host lets us enforce on sandboxes."""
+        return self._host.enforced
+
+    @property
+    def isolation(self) -> str:
+        """The level all sandboxes made now have: strict, standard or none."""
+        return self._host.isolation
+
+    @property
+    def kills(self) -> Counter[str]:
+        """Kills since this supervisor started, by cause: oom, timeout, disk, and those a sandbox survived."""
+        return self._tending.kills
 
     # ------------------------------------------------------------ beginning and end
 
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Starts the zygote, adopts what lives, and from then on owns its tasks in `tasks`."""
-        self._protect()  # ORDER: before the zygote, which inherits it
         self._tending.open(tasks)
         await self._host.open(tasks)
         await self._adoption.adopt_all()
@@ -110,21 +125,13 @@ class Supervisor:
         tasks.create_task(self._watch_admission(), name="admission")
         tasks.create_task(self._reconciler.run(), name="reconciler")
 
-    def _protect(self) -> None:
-        if oom.protect():
-            self._protected = ["oom-protected"]
-        else:
-            _log.warning(
-                "this host does not let the runner protect itself from the OOM killer",
-                missing="CAP_SYS_RESOURCE",
-                instead="set OOMScoreAdjust=-500 where the runner is started (systemd)",
-            )
-
     async def _sample(self) -> None:
-        try:
-            await asyncio.to_thread(self.usage.run_in_thread)
-        finally:
-            self.usage.stop()
+        """Keeps the sampler's thread; one of its own, because it would take a place of the loop's few for ever."""
+        with ThreadPoolExecutor(1, thread_name_prefix="usage sampler") as own:
+            try:
+                await asyncio.get_running_loop().run_in_executor(own, self.usage.run_in_thread)
+            finally:
+                self.usage.stop()
 
     async def _watch_admission(self) -> None:
         """Tells coordinators at once when this runner begins to refuse sessions, and when it takes them again."""
@@ -269,8 +276,14 @@ class Supervisor:
     def _limits_of(self, claim: Claim) -> SandboxLimits:
         """What the claim's sandbox may use: its own limits only go down from the runner's."""
         most = self._config.limits
-        memory = Bytes(min(claim.memory_bytes or most.memory, most.memory))
-        return replace(most, memory=memory, processes=min(claim.processes or most.processes, most.processes))
+        return SandboxLimits(
+            memory=Bytes(min(claim.memory_bytes or most.memory, most.memory)),
+            processes=min(claim.processes or most.processes, most.processes),
+            open_files=min(claim.open_files or most.open_files, most.open_files),
+            file_size=Bytes(min(claim.file_size_bytes or most.file_size, most.file_size)),
+            cpu_percent=min(claim.cpu_percent or most.cpu_percent, most.cpu_percent),
+            disk=Bytes(min(claim.disk_bytes or most.disk, most.disk)),
+        )
 
     def _claim_fields(self, sandbox: SandboxTask, claim: Claim) -> dict[str, Any]:
         return {
@@ -280,7 +293,6 @@ class Supervisor:
             "agent": {
                 "session_id": claim.session,
                 "turns": claim.turns,
-                "workspace": str(sandbox.workspace),
                 "runtime": claim.runtime,
                 "entry": claim.entry,
                 "env": claim.env,
@@ -290,9 +302,14 @@ class Supervisor:
                 "max_frame": self._config.journal.max_frame,
                 "timing": self._config.debug_timing,
                 "real_sdk": self._config.real_sdk,
-                "data_limit": self._host.data_limit(claim.memory_bytes),
+                "network": claim.network or self._network_of(claim.runtime),
+                "rlimits": self._host.rlimits(sandbox, claim.memory_bytes, claim.processes),
             },
         }
+
+    def _network_of(self, runtime: str) -> str:
+        """Of an agent that doesn't say; one that is a prompt to a model can't work without."""
+        return "host" if runtime == "claude" else self._config.network
 
     async def start_turn(self, sandbox: SandboxTask, turn: str, request: dict[str, Any], timeout_s: float) -> int:
         """Launches a turn, once; the seq before its first event. Raises Rejected, Unavailable."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ashd.config.schema import RunnerConfig
-from ashd.domain.sandbox import Fact
+from ashd.domain.sandbox import Fact, State
 from ashd.errors import SandboxFailed
 from ashd.runner.sandbox_host import SandboxHost
 from ashd.runner.sandbox_task import Grew, SandboxTask
@@ -28,7 +28,7 @@ _RECONNECT_PAUSE_S = 0.1
 
 
 class Tending:
-    """The tasks of a runner's sandboxes. `kills` counts sandboxes that were ended by force, by cause."""
+    """The tasks of a runner's sandboxes."""
 
     def __init__(
         self,
@@ -47,7 +47,13 @@ class Tending:
         self._grew = grew
         self._left = left
         self._tasks: asyncio.TaskGroup | None = None
-        self.kills: Counter[str] = Counter()
+        self._kills: Counter[str] = Counter()  # of sandboxes that are gone
+
+    @property
+    def kills(self) -> Counter[str]:
+        """By cause: sandboxes that were ended by force, and what was killed inside of one that lives on."""
+        living = (sandbox.kills for sandbox in self._sandboxes.all() if sandbox.state is not State.GONE)
+        return sum(living, Counter(self._kills))
 
     def open(self, tasks: asyncio.TaskGroup) -> None:
         """From now on sandboxes' tasks run in `tasks`."""
@@ -110,7 +116,8 @@ class Tending:
         sandbox.learn(Fact.KEEPER_DIED)
         sandbox.hang_up()
         if sandbox.closed_as in KILLS:
-            self.kills[sandbox.closed_as] += 1
+            sandbox.kills[sandbox.closed_as] += 1
+        self._kills += sandbox.kills
         self._usage.close(sandbox)  # ORDER: while its cgroup is there to say what it used
         self._left()
         await self._host.end_processes(sandbox)

@@ -132,6 +132,7 @@ class Uplink:
                 address=me.address,
                 version=__version__,
                 enforced=supervisor.enforced,
+                isolation=supervisor.isolation,
                 leases=_leases(supervisor),
             ),
             metadata=self._metadata,
@@ -184,7 +185,7 @@ class Uplink:
             ),
             draining=supervisor.draining,
             usage=_usage(supervisor),
-            refusing=supervisor.admission.refusing,
+            refusing=supervisor.admission.statement,
             orphans=supervisor.orphans,
             kills=supervisor.kills,
         )

@@ -21,9 +21,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ashd import log
 from ashd.domain.sandbox import State
 from ashd.runner import processes
 from ashd.runner.sandbox_task import SandboxTask
+
+_log = log.get(__name__)
 
 NO_KEEPER = 0
 SHARE = 0.01
@@ -168,15 +171,23 @@ class Sampler:
         """Looks at sandboxes until `stop`."""
         pace = self._pace()
         while not self._stop.is_set():
-            planned = self._plan(time.monotonic())
-            for sandbox, seldom in planned:
-                self._look(sandbox, processes_too=seldom)
-                if (rest_s := pace.rest_s()) >= _LEAST_REST_S:
-                    self._stop.wait(rest_s)
-                if self._stop.is_set():
-                    return
-            if not planned:
+            try:
+                if not self._look_at_some(pace):
+                    self._stop.wait(_IDLE_S)
+            except Exception:  # the door between looking and sandboxes
+                _log.exception("what sandboxes use could not be seen")
                 self._stop.wait(_IDLE_S)
+
+    def _look_at_some(self, pace: Pace) -> bool:
+        """One plan, with its rests; False if there was nothing to do."""
+        planned = self._plan(time.monotonic())
+        for sandbox, seldom in planned:
+            self._look(sandbox, processes_too=seldom)
+            if (rest_s := pace.rest_s()) >= _LEAST_REST_S:
+                self._stop.wait(rest_s)
+            if self._stop.is_set():
+                break
+        return bool(planned)
 
     def _plan(self, now: float) -> list[tuple[SandboxTask, bool]]:
         """The looks that are most overdue, a bounded number, and whether each goes into the processes."""

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,7 @@ import pytest
 from sandbox.journal import Position
 from sandbox.ledger import Outcome, reopen
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import (
-    BOUNDS,
-    MIB,
-    Host,
-    Sandbox,
-    Zygote,
-    is_running,
-    status_of,
-    until,
-)
+from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, Zygote, is_running, status_of, text_of, until
 
 HELLO = """
 async def turn(message, session):
@@ -56,18 +46,6 @@ while not os.path.exists("daemon"):
 """
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as running:
-        yield running
-
-
-@pytest.fixture
-def host(zygote: Zygote) -> Iterator[Host]:
-    with Host(zygote) as host:
-        yield host
-
-
 def shape(records: list[Record]) -> list[tuple[int, int, str, str]]:
     return [(record.seq, record.part, record.kind.name, record.type) for record in records]
 
@@ -88,12 +66,6 @@ def cause_of(sandbox: Sandbox) -> str:
     assert last.kind is Kind.CLOSED
     cause: str = json.loads(last.payload)["cause"]
     return cause
-
-
-def text_of(records: list[Record]) -> str:
-    """What the agent said in whole messages."""
-    messages = [json.loads(record.payload) for record in records if record.type == "assistant"]
-    return "".join(block["text"] for message in messages for block in message["message"]["content"])
 
 
 # ---------------------------------------------------------------- turns
@@ -465,7 +437,7 @@ def test_an_agents_environment_is_an_allow_list_and_its_own(host: Host) -> None:
     assert "ready" in sandbox.claim({"agent.py": source}, env={"COLOUR": "grün"})
     environment = json.loads(text_of(sandbox.turn("?")))
     assert environment.pop("PATH")
-    folder = str(sandbox.workspace)
+    folder = sandbox.inside
     assert environment == {"HOME": folder, "PWD": folder, "LANG": "C.UTF-8", "TMPDIR": "/tmp", "COLOUR": "grün"}
 
 
@@ -489,7 +461,7 @@ said.append(" ".join(sorted(kinds)))
 def test_a_sandbox_runs_as_a_user_and_in_namespaces_of_its_own(host: Host) -> None:
     sandbox = host.agent(OBEYS)
     if not (sandbox.has_namespaces and sandbox.uid):
-        pytest.skip(f"this host allows {host.allowed}")
+        pytest.skip(f"this host allows {sandbox.level}")
     (inside,) = sandbox.processes()
     assert status_of(inside, "Uid") == [str(sandbox.uid)] * 4
     assert status_of(inside, "Groups") == []
@@ -506,8 +478,8 @@ def test_a_sandbox_can_gain_no_privileges(host: Host) -> None:
 
 
 def test_a_sandbox_cannot_see_another_ones_files(host: Host) -> None:
-    if not host.allowed["uid"]:
-        pytest.skip("without users of their own, sandboxes are not kept apart here")
+    if host.zygote.level == "none":
+        pytest.skip("without isolation, sandboxes are not kept apart")
     sandbox, other = host.agent(OBEYS), host.agent(HELLO)
     for path in (other.workspace / "agent.py", sandbox.folder / "session.json", other.folder / "logs"):
         code = (

@@ -40,12 +40,13 @@ def test_less_than_the_headroom_refuses_and_says_both_numbers() -> None:
     with pytest.raises(Unavailable, match="this host has 300 MiB of memory left, memory_headroom asks for 512") as full:
         host.admission.check()
     assert full.value.code == FULL and host.admission.refusing == "memory"
+    assert host.admission.statement == f"memory: {full.value.message}"
 
 
 def test_as_much_as_the_headroom_is_enough() -> None:
     host = Host(left_mib=512)
     host.admission.check()
-    assert host.admission.refusing == ""
+    assert host.admission.refusing == host.admission.statement == ""
 
 
 def test_a_headroom_of_nothing_never_refuses() -> None:
