@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help run dev test check format proto proto-check conf lock bench clean
+.PHONY: help run dev test check format proto proto-check conf lock bench vm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,6 +57,9 @@ lock: $(VENV)/.dev ## pin the newest dependencies that pyproject.toml allows
 
 bench: $(VENV)/.dev ## latency of create and message against a running ashd (ARGS="--url http://127.0.0.1:4100")
 	$(BIN)/python loadtest/roundtrip.py $(ARGS)
+
+vm: $(VENV)/.dev ## the tests of limits and jails on cgroup v2, in a virtual machine (ARGS="--help")
+	$(BIN)/python -m tests.vm $(ARGS)
 
 clean: ## remove .venv and what tools left
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
