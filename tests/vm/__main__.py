@@ -19,6 +19,7 @@ from tests.vm import initramfs, machine, packages, report
 ROOT = Path(__file__).parents[2]
 OK, FAILED, UNUSABLE, STUCK = 0, 1, 3, 4
 CONSOLE = "console.log"
+EMULATED_PATIENCE = 4  # tests' deadlines are for processors that aren't emulated
 DEFAULT_TESTS = (
     "tests/unit",
     "tests/integration/test_sandbox.py",
@@ -122,7 +123,7 @@ def plan(options: argparse.Namespace, python: str) -> dict[str, Any]:
         "path": ":".join([*own, "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]),
         "checkout": initramfs.CHECKOUT,
         "user": initramfs.USER,
-        "env": {},
+        "env": {} if options.kvm else {"ASHD_TEST_PATIENCE": str(EMULATED_PATIENCE)},
         "ways": options.ways,
         "tests": tests,
         "seconds": options.minutes * 60,

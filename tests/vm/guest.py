@@ -24,13 +24,14 @@ from typing import Any, NoReturn
 CGROUPS = Path("/sys/fs/cgroup")
 TOLD_TO = "/dev/ttyS1"
 CONTROLLERS = ("cpu", "memory", "pids", "io")
-# Where a way's tests run, below CGROUPS; the folder before the ` : ` is what belongs to the way's user.
+# Below CGROUPS: what belongs to a way's user, and where its tests start.
 PLACES = {
     "root": ("", ""),
     "service": ("system.slice/ashd.service", "system.slice/ashd.service"),
     "user": ("user.slice/user@1000.service", "user.slice/user@1000.service/tests.scope"),
 }
 DELEGATED_FILES = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
+DELEGATION_MARKS = ("trusted.delegate", "user.delegate")  # systemd's, on a unit with Delegate=yes
 POLL_S = 0.1
 POWER_OFF = 0x4321FEDC
 LANDLOCK_CREATE_RULESET = 444
@@ -103,6 +104,8 @@ def delegate(way: str, uid: int) -> Path:
     for folder in {owned, place}:
         for target in (folder, *(folder / name for name in DELEGATED_FILES)):
             os.chown(target, uid, uid)
+    for mark in DELEGATION_MARKS:
+        os.setxattr(owned, mark, b"1")
     if owned != place:
         for name in CONTROLLERS:
             enable(owned, name)

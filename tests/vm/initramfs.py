@@ -173,7 +173,8 @@ mount -t overlay -o lowerdir=/new/mnt/checkout,upperdir=/new{SCRATCH}/upper,work
 
 mount -t proc -o nosuid,nodev,noexec proc /new/proc
 mount -t sysfs -o nosuid,nodev,noexec sysfs /new/sys
-mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /new/sys/fs/cgroup || fail "no cgroup2"
+# As systemd mounts it.
+mount -t cgroup2 -o nosuid,nodev,noexec,nsdelegate,memory_recursiveprot cgroup2 /new/sys/fs/cgroup || fail "no cgroup2"
 mkdir -p /new/dev/pts /new/dev/shm /new/dev/mqueue
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /new/dev/pts
 mount -t tmpfs -o nosuid,nodev,mode=1777 shm /new/dev/shm
