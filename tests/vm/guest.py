@@ -32,6 +32,7 @@ PLACES = {
 }
 DELEGATED_FILES = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 DELEGATION_MARKS = ("trusted.delegate", "user.delegate")  # systemd's, on a unit with Delegate=yes
+SUPERVISOR = "supervisor"  # the leaf into which a runner, or a test in its stead, moves those it finds in its group
 POLL_S = 0.1
 POWER_OFF = 0x4321FEDC
 LANDLOCK_CREATE_RULESET = 444
@@ -175,6 +176,7 @@ def left_behind() -> list[str]:
         if command and state != "Z" and folder.name != "1":  # threads of the kernel have no command line
             processes.append(f"process {folder.name}: {command[:200]}")
     ours = {CGROUPS / place for pair in PLACES.values() for place in pair}
+    ours |= {place / SUPERVISOR for place in ours}
     known = ours | {parent for place in ours for parent in place.parents}
     groups = [f"cgroup {path.relative_to(CGROUPS)}" for path in subgroups(CGROUPS) if path not in known]
     return processes + groups
