@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ def _commit() -> str:
 
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`: nothing may be left running
     started = time.monotonic()
     cache = packages.cache_folder()
     try:

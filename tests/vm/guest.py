@@ -10,6 +10,7 @@ Sources: cgroups(7), Documentation/admin-guide/cgroup-v2.rst (Delegation), syste
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -34,6 +35,7 @@ DELEGATED_FILES = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 DELEGATION_MARKS = ("trusted.delegate", "user.delegate")  # systemd's, on a unit with Delegate=yes
 SUPERVISOR = "supervisor"  # the leaf into which a runner, or a test in its stead, moves those it finds in its group
 POLL_S = 0.1
+ENDING_S = 10.0
 POWER_OFF = 0x4321FEDC
 LANDLOCK_CREATE_RULESET = 444
 LANDLOCK_VERSION = 1
@@ -157,15 +159,28 @@ def wait(child: int, deadline: float) -> int | None:
     return None
 
 
+def reap_ended() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def reap_all() -> None:
-    while True:
-        try:
+    with contextlib.suppress(ChildProcessError):
+        while True:
             os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def left_behind() -> list[str]:
+    """What is still there when everything that was ending has had its time."""
+    deadline = time.monotonic() + ENDING_S
+    while (left := leftovers()) and time.monotonic() < deadline:
+        reap_ended()
+        time.sleep(POLL_S)
+    return left
+
+
+def leftovers() -> list[str]:
     """Processes and cgroups that tests made and forgot; what only needs to be reaped doesn't count."""
     processes = []
     for folder in Path("/proc").glob("[0-9]*"):
