@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    "virtio_pci", "virtio_blk", "9pnet_virtio", "9p", "overlay", "crc32c_generic", "ext4", "quota_v2", "xfs", "loop", "fuse",
+    "virtio_pci", "virtio_blk", "9pnet_virtio", "9p", "overlay", "crc32c_generic", "ext4", "quota_v2", "xfs", "loop",
+    "fuse",
 )  # fmt: skip
 CHECKOUT = "/ashd"
 SCRATCH = "/scratch"
