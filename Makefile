@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help run dev test check format proto proto-check conf lock bench ceiling clean
+.PHONY: help run dev test check format proto proto-check conf lock bench ceiling vm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -60,6 +60,9 @@ bench: $(VENV)/.dev ## latency of create and message against a running ashd (ARG
 
 ceiling: $(VENV)/.loadtest ## sandboxes a host holds: every limit and agent, about 15 minutes (ARGS="--use-at-most 4GiB")
 	$(BIN)/python loadtest/memory_ceiling.py --suite --capacity-page docs/capacity.md $(ARGS)
+
+vm: $(VENV)/.dev ## the tests of limits and jails on cgroup v2, in a virtual machine (ARGS="--help")
+	$(BIN)/python -m tests.vm $(ARGS)
 
 clean: ## remove .venv and what tools left
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
