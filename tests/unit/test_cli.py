@@ -261,6 +261,12 @@ def test_a_deployed_folder_is_the_same_bytes_each_time(server: type[Answers], tm
     assert main(["deploy", str(folder), "--server", server.url]) == Exit.OK
 
 
+def test_a_deploy_of_what_can_not_be_read_names_it(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "/proc/self/task", "--name", "x", "--server", server.url]) == Exit.FAILED
+    assert "can't be packed" in capsys.readouterr().err
+    assert server.seen == []
+
+
 def test_a_deploy_of_what_is_no_folder_says_what_an_agent_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
