@@ -374,9 +374,10 @@ class Roundtrip:
                 break
             try:
                 act(connection, number, worker) if named else act(connection, number)
-            except Failure as failure:
+            except Exception as failure:  # an answer of another shape, too, is a failure and not the thread's end
+                connection.close()
                 with self._lock:
-                    run.failed(failure)
+                    run.failed(failure if isinstance(failure, Failure) else Failure(f"broken answer: {failure!r}"))
         connection.close()
 
 
