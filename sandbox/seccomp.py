@@ -97,7 +97,10 @@ _PERSONALITY = (135, 92)
 
 _NEW_NAMESPACES = 0x7E020000
 _NEW_TIME_NAMESPACE = 0x80
-_REFUSED_IOCTLS = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX: typing into somebody's terminal
+_REFUSED_IOCTLS = (
+    *(0x5412, 0x541C),  # TIOCSTI and TIOCLINUX: typing into somebody's terminal
+    *(0x401C5820, 0x40086602, 0x40046602),  # FS_IOC_FSSETXATTR, FS_IOC_SETFLAGS: leaving a project, and so its quota
+)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)  # Linux, 32 bit Linux, their uname26, and asking
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16

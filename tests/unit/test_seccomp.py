@@ -92,3 +92,8 @@ def test_nobody_types_into_a_terminal_of_somebody_else() -> None:
     assert answer("x86_64", 16, 0, 0x5412) == errno.EPERM
     assert answer("x86_64", 16, 0, 0x5412 | 1 << 32) == errno.EPERM  # the kernel looks at 32 bits only
     assert answer("x86_64", 16, 0, 0x5413) == 0
+
+
+def test_a_file_cannot_leave_the_project_its_quota_counts_for() -> None:
+    assert answer("x86_64", 16, 3, 0x401C5820) == errno.EPERM
+    assert answer("x86_64", 16, 3, 0x801C581F) == 0  # asking is allowed
