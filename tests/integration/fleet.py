@@ -320,12 +320,15 @@ class Fleet:
             return self.apis[number].call("GET", "/ready").status == 200
         return False
 
-    def add_runner(self, **variables: str) -> Part:
+    def add_runner(self, config: str = "", **variables: str) -> Part:
+        """One more runner, registered; `config` is the text of its file."""
         number = len(self.runners)
+        file = self.folder / f"runner-{number}.yaml"
+        file.write_text(config)
         server = ",".join(f"127.0.0.1:{part.environment['ASH_REGISTRY_PORT']}" for part in self.coordinators)
         part = self._part(
             f"runner-{number}",
-            ["runner"],
+            ["runner", "-c", str(file)],
             **{
                 "ASH_RUNNER_ID": f"runner-{number}",
                 "ASH_RUNNER_PORT": str(free_port()),
