@@ -62,4 +62,4 @@ class RunnerStream:
         """Ends the stream; the runner's side ends with it."""
         self._call.cancel()
         if self._reading is not None:
-            self._reading.cancel()
+            self._reading.cancel()  # one that has failed already counts as seen from here on (asyncio.Task.cancel)

@@ -1,4 +1,6 @@
-"""Fleets for tests: one shared by tests that harm nothing, and fresh ones for tests that do."""
+"""Fleets for tests: one shared by tests that harm nothing, and fresh ones for tests that do.
+Zygotes, too, and hosts of sandboxes that have no fleet (sandboxes.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.integration.fleet import Fleet
+from tests.integration.sandboxes import Host, Zygote
 
 
 def _run(database_url: str) -> Iterator[Fleet]:
@@ -33,3 +36,17 @@ def shared(new_database: Callable[[], str]) -> Iterator[Fleet]:
         fleet.add_runner()
         fleet.add_runner()
         yield fleet
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """The zygote of a module's sandboxes."""
+    with Zygote() as running:
+        yield running
+
+
+@pytest.fixture
+def host(zygote: Zygote) -> Iterator[Host]:
+    """A test's own sandboxes; it fails when they leave anything behind."""
+    with Host(zygote) as host:
+        yield host

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,9 @@ import pytest
 
 from ashd.coordinator import agent_yaml
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import DEADLINE_S, Host, Sandbox, Zygote, until
+from tests.integration.sandboxes import DEADLINE_S, Host, Sandbox, until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as running:
-        yield running
-
-
-@pytest.fixture
-def host(zygote: Zygote) -> Iterator[Host]:
-    with Host(zygote) as host:
-        yield host
 
 
 def example(host: Host, name: str) -> Sandbox:

@@ -10,13 +10,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from sandbox.journal import Position, Reader
 from sandbox.protocol import MAX_JSON_VALUES, Kind, Record
-from tests.integration.sandboxes import BOUNDS, KIB, MIB, Host, Sandbox, Zygote, status_of, until
+from tests.integration.sandboxes import BOUNDS, KIB, MIB, Host, Sandbox, status_of, until
 
 HOSTILE = '''
 import fcntl, json, os, select, struct, termios, time
@@ -44,18 +43,6 @@ async def turn(message, session):
     for item in said:
         yield item
 '''
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as running:
-        yield running
-
-
-@pytest.fixture
-def host(zygote: Zygote) -> Iterator[Host]:
-    with Host(zygote) as host:
-        yield host
 
 
 @pytest.fixture

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, Zygote, until
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as running:
-        yield running
-
-
-@pytest.fixture
-def host(zygote: Zygote) -> Iterator[Host]:
-    with Host(zygote) as host:
-        yield host
+from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, until
 
 
 def made(host: Host, files: Mapping[str, str], runtime: str, *entry: str, **fields: Any) -> Sandbox:

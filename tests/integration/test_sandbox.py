@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,18 +53,6 @@ if os.fork() == 0:
 while not os.path.exists("daemon"):
     time.sleep(0.01)
 """
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as running:
-        yield running
-
-
-@pytest.fixture
-def host(zygote: Zygote) -> Iterator[Host]:
-    with Host(zygote) as host:
-        yield host
 
 
 def shape(records: list[Record]) -> list[tuple[int, int, str, str]]:
