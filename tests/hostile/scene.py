@@ -35,7 +35,7 @@ FAMILIES: dict[str, ModuleType] = {
 LIMITS = {"memory": 128 * MIB, "processes": 64, "open_files": 256, "file_size": 16 * MIB, "disk": 48 * MIB}
 """Of every sandbox here: small, so that reaching them is cheap."""
 JOURNAL = {"frame": 1 * MIB, "log": MIB // 4, "events_per_s": 100}
-TURN_TIMEOUT_S = 40
+TURN_TIMEOUT_S = 20
 
 RUNNER_CONFIG = f"""
 uid_range: 230000-230199
@@ -286,11 +286,8 @@ class Scene:
         self.host.assert_unchanged()
 
     def _assert_neighbour_is_unharmed(self) -> None:
-        report = self._ask_neighbour()
-        assert report.pop("turns") == self._last_report["turns"] + 1, "the neighbour lost its memory"
-        expected = {name: value for name, value in self._last_report.items() if name != "turns"}
-        assert report == expected
-        self._last_report["turns"] += 1
+        before, self._last_report = self._last_report, self._ask_neighbour()
+        assert self._last_report == {**before, "turns": before["turns"] + 1}
         assert self.fleet.keeper_of(self.neighbour).pid == self.neighbours_keeper.pid
 
     def _assert_runner_is_unharmed(self) -> None:
@@ -391,9 +388,12 @@ class Host:
                 pytest.fail(f"somebody came in: {door.accept()}")
 
     def _marked_files(self) -> list[str]:
-        """Where anybody may write, or root may, and an attacker was told to leave its mark."""
+        """Where anybody may write, or root may, and an attacker was told to leave its mark. Told once, and removed."""
         places = [*files.EVERYBODYS, *files.SYSTEM, os.getcwd(), str(self.folder)]
-        return [f"{place}/{self.mark}" for place in places if os.path.lexists(f"{place}/{self.mark}")]
+        found = [f"{place}/{self.mark}" for place in places if os.path.lexists(f"{place}/{self.mark}")]
+        for path in found:
+            os.unlink(path)
+        return found
 
     def _marked_mounts(self) -> list[str]:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -502,6 +502,8 @@ def assert_fails(scene: Scene, runtime: str, name: str) -> Verdict:
         if "none" not in allowed:
             assert verdict.outcome == "completed"
     finally:
+        if verdict.verdict != "denied" or property_of(name, "in_the_agent", False):
+            scene.dismiss(runtime)  # what it did to itself must not be taken for the next attack's doing
         scene.assert_nobody_noticed()
     return verdict
 

@@ -227,9 +227,10 @@ def read_memory_of_others(facts: Facts) -> str:
 
 
 def write_memory_of_others(facts: Facts) -> str:
-    """Nothing, to nowhere: it is the permission that counts."""
-    local = struct.pack("QQ", 0, 0)
-    return each(lambda pid: syscall("process_vm_writev", pid, local, 1, local, 1, 0) == 0, outsiders(facts))
+    """To where nothing is: EFAULT would say that only that was in the way."""
+    buffer = ctypes.create_string_buffer(8)
+    local, remote = struct.pack("QQ", ctypes.addressof(buffer), 1), struct.pack("QQ", 0, 1)
+    return each(lambda pid: f"{syscall('process_vm_writev', pid, local, 1, remote, 1, 0)} bytes", outsiders(facts))
 
 
 def open_memory_files_of_others(facts: Facts) -> str:
@@ -578,7 +579,7 @@ def type_into_a_terminal_of_its_own(facts: Facts) -> str:
     """TIOCSTI needs no foreign terminal to be tried: an own one will do, made the controlling one."""
     leader, follower = os.openpty()
     call("ioctl", follower, 0x540E, 0)  # TIOCSCTTY
-    call("ioctl", follower, 0x5412, b"\3")
+    call("ioctl", follower, 0x5412, b"x")
     os.close(leader)
     return "typed"
 

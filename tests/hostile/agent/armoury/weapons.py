@@ -36,7 +36,7 @@ REFUSALS = frozenset(
 )
 """What a refused attack gets. Another errno means that the attack got further than it should, or is badly made."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 12.0
 """No attack lasts longer in a child of the agent's."""
 
 X86_64 = {
@@ -94,7 +94,7 @@ def _checked(result: int, what: str) -> int:
 def each(attempt: Callable[[Any], Any], targets: Iterable[Any], *refusals: int) -> str:
     """Attempts it on each target; what of it did more than raise a refusal or answer with nothing."""
     gained = []
-    for target in targets:
+    for number, target in enumerate(targets, 1):
         try:
             result = attempt(target)
         except Denied:
@@ -104,7 +104,7 @@ def each(attempt: Callable[[Any], Any], targets: Iterable[Any], *refusals: int) 
                 continue
             result = f"got as far as {error}"
         if result:
-            gained.append(f"{target}: {result}")
+            gained.append(f"{f'attempt {number}' if callable(target) else target}: {result}")
     return "; ".join(gained)[:4000]
 
 
