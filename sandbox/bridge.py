@@ -32,10 +32,10 @@ def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> 
     try:
         set_title("ashd: bridge (warm)")
         keeper = _own_descriptors(keeper_fd, stdout_fd, stderr_fd)
-        jail.enter(spec)
+        jail.confine(spec)
         keeper.sendall(Tag.JAILED + b"{}\n")
         claim = _await_claim(keeper)
-        code = 0 if claim is None else _serve(keeper, claim)
+        code = 0 if claim is None else _serve(spec, keeper, claim)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -72,7 +72,7 @@ def _await_claim(keeper: socket.socket) -> dict[str, Any] | None:
     return claim if claim["type"] == "claim" else None
 
 
-def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
+def _serve(spec: jail.JailSpec, keeper: socket.socket, claim: dict[str, Any]) -> int:
     """Runs the session's turns until told to end."""
     import asyncio  # FORK: only now
 
@@ -80,17 +80,14 @@ def _serve(keeper: socket.socket, claim: dict[str, Any]) -> int:
 
     set_title(f"ashd: bridge {claim['session_id']}")
     sys.dont_write_bytecode = True  # the workspace is the session's: nothing of ours in it
-    workspace = Path(claim["workspace"])
-    if claim["data_limit"]:
-        jail.limit("DATA", claim["data_limit"])
+    jail.lock(spec, network=claim["network"], rlimits=claim["rlimits"])
+    workspace = Path(spec.workspace)
     os.chdir(workspace)
     os.environ.clear()  # SECURITY: an allow-list; what the host's environment holds is none of the agent's business
-    os.environ.update(
-        {"PATH": claim["path"], "HOME": str(workspace), "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PWD": str(workspace)}
-    )
-    os.environ.update(claim["env"])
+    own = {"PATH": claim["path"], "HOME": str(workspace), "LANG": "C.UTF-8", "TMPDIR": spec.scratch}
+    os.environ.update({**own, "PWD": str(workspace), **claim["env"]})
     # The zygote ignores SIGINT, and what an agent starts would inherit that.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    bridge: Bridge = Bridge(keeper, claim)
+    bridge: Bridge = Bridge(keeper, {**claim, "workspace": str(workspace)})
     return asyncio.run(bridge.serve())

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypedDict
 
-from sandbox import bridge, jail
+from sandbox import bridge, jail, syscalls
 from sandbox.journal import Position, Writer
 from sandbox.ledger import Ledger, Outcome
 from sandbox.logs import LogFile, timestamp
@@ -155,10 +155,10 @@ class Keeper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
         self._output = {out[0]: "stdout", err[0]: "stderr"}
-        if self._spec.namespaces:
-            jail.unshare(jail.CLONE_NEWPID)  # for the next child only: the bridge becomes PID 1
+        if self._spec.level == jail.STRICT:
+            syscalls.unshare(syscalls.CLONE_NEWPID)  # for the next child only: the bridge becomes PID 1
         else:
-            jail.become_subreaper()
+            syscalls.become_subreaper()
         self._bridge_pid = os.fork()
         if self._bridge_pid == 0:
             bridge.run(self._spec, theirs.detach(), out[1], err[1])  # FORK: never returns

@@ -230,8 +230,8 @@ class RunnerConfig:
     """Sandboxes, journals, workspaces and the bundle cache; default <ASH_DATA_DIR>/runner."""
 
     isolation: str = setting("auto", "ASH_ISOLATION", choices=("auto", "strict", "standard", "none"))
-    """Least isolation of sandboxes; below it the runner does not start. `auto`: strict where the host can, else
-    standard with a warning. `none` is for agents you trust as yourself. `ashd doctor` shows what this host can."""
+    """Isolation of sandboxes; on a host that can't give it the runner does not start. `auto`: strict where possible,
+    else standard with a warning. `none` is for agents you trust as yourself. `ashd doctor` shows what a host can."""
 
     network: str = setting("none", "ASH_NETWORK", choices=("none", "host"))
     """Network of agents that don't say: `none`, or `host`, which is all of this host's, its loopback included. Agents

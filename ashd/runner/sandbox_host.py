@@ -16,10 +16,10 @@ from typing import Any
 from ashd import log
 from ashd.config.schema import RunnerConfig
 from ashd.errors import SandboxFailed, Unavailable
-from ashd.runner import cgroup, workspace
+from ashd.runner import cgroup, selftest, workspace
 from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
-from ashd.runner.zygote_process import ZygoteProcess, revealed_folders
+from ashd.runner.zygote_process import ZygoteProcess
 from ashd.wire.status import FULL
 
 _log = log.get(__name__)
@@ -27,9 +27,10 @@ _log = log.get(__name__)
 _WITHOUT = {
     "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
     "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
-    "uid": "sandboxes run as this user and can reach its files, other sandboxes' among them",
-    "mount-namespace": "sandboxes see the host's files and processes",
+    "landlock": "there is no second wall behind namespaces and user ids",
 }
+_LOCKED_BYTES = 8 * 1024 * 1024
+_QUEUED_SIGNALS = 4096
 
 
 class SandboxHost:
@@ -40,29 +41,35 @@ class SandboxHost:
         self.folder = state_dir / "sandboxes"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
-        self._zygote = ZygoteProcess(config.spawn_timeout)
-        self._free_uids = _uids(config.uid_range) if os.geteuid() == 0 else []
+        self._setup = selftest.setup_for(config, state_dir)
+        self._free_uids = _uids(config.uid_range) if self._setup.uid is not None else []
+        self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
+        self.isolation = ""
         self.enforced: list[str] = []
 
     async def open(self, tasks: asyncio.TaskGroup) -> None:
-        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here."""
+        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here.
+
+        Raises ConfigError: this host does not give the isolation that is configured.
+        """
         started = asyncio.Event()
         tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
         tasks.create_task(self._zygote.run(started), name="zygote")
         await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
-        self.enforced = self._what_is_enforced()
+        report = selftest.report_of(self._config, self._zygote.shown)
+        report.demand()
+        self.isolation = report.level
+        self.folder.chmod(0o711 if report.level == "standard" else 0o700)
+        self.enforced = self._what_is_enforced(report)
 
     def close(self) -> None:
         """Gives back what all sandboxes shared, once they are gone."""
         cgroup.remove_parents(self._hierarchies)
 
-    def _what_is_enforced(self) -> list[str]:
-        allowed = self._zygote.allowed
-        enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges"]
-        if allowed["uid"] and self._free_uids:
-            enforced.append("uid")
-        if allowed["namespaces"]:
-            enforced += ["pid-namespace", "mount-namespace", "ipc-namespace"]
+    def _what_is_enforced(self, report: selftest.Report) -> list[str]:
+        enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges", *report.enforced]
+        for missed in report.missed:
+            _log.warning("isolation is not strict", open=missed.name, why=missed.detail, remedy=missed.remedy)
         for name, without in _WITHOUT.items():
             if name not in enforced:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
@@ -72,7 +79,7 @@ class SandboxHost:
 
     def take_uid(self) -> int | None:
         """A user id for one sandbox; None where sandboxes can't have their own. Raises Unavailable: all are taken."""
-        if "uid" not in self.enforced:
+        if self._setup.uid is None:
             return None
         if not self._free_uids:
             raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
@@ -100,31 +107,28 @@ class SandboxHost:
 
     def _make_room(self, sandbox: SandboxTask) -> list[Path]:
         """The sandbox's folder, workspace and cgroups. Raises OSError."""
-        # Where the jail hides the folders above, this one may be closed to everyone; else its user has to pass.
-        closed = "mount-namespace" in self.enforced or sandbox.uid is None
+        # Where a sandbox sees nothing of the host, this folder may be closed to everyone; else its user has to pass.
+        closed = self.isolation == "strict" or sandbox.uid is None
         sandbox.folder.mkdir(mode=0o700 if closed else 0o711)
-        sandbox.workspace.mkdir(mode=0o700)
-        if sandbox.uid is not None:
-            os.chown(sandbox.workspace, sandbox.uid, sandbox.uid)
+        for folder in (sandbox.workspace, sandbox.folder / "scratch"):
+            folder.mkdir(mode=0o700)
+            if sandbox.uid is not None:
+                os.chown(folder, sandbox.uid, sandbox.uid)
         limits = self._config.limits
         return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
-        limits, journal = self._config.limits, self._config.journal
-        rlimits = {"NOFILE": limits.open_files, "FSIZE": limits.file_size, "CORE": 0}
-        if sandbox.uid is not None:
-            rlimits["NPROC"] = limits.processes  # counted per user id: only right where the sandbox has its own
-        if "cgroup-memory" not in self.enforced:
-            rlimits["DATA"] = self.data_limit(0)  # the last resort: per process, not per sandbox
+        journal = self._config.journal
         return {
             "sandbox": sandbox.id,
             "folder": str(sandbox.folder),
             "jail": {
-                "namespaces": "mount-namespace" in self.enforced,
+                "level": self.isolation,
+                "template": self._setup.template,
+                "folder": str(sandbox.folder),
                 "uid": sandbox.uid,
                 "cgroups": [str(group) for group in groups],
-                "reveal": [*revealed_folders(), str(sandbox.workspace)],
-                "rlimits": rlimits,
+                "visible": self._setup.visible,
             },
             "bounds": {
                 "max_frame": journal.max_frame,
@@ -143,10 +147,24 @@ class SandboxHost:
         if (memory, processes) != (most.memory, most.processes):
             cgroup.create(self._hierarchies, sandbox.id, memory, processes)
 
-    def data_limit(self, memory_bytes: int) -> int:
-        """What each process of a sandbox may allocate, where no cgroup limits the sandbox; 0 = no such limit."""
-        most = self._config.limits.memory
-        return 0 if "cgroup-memory" in self.enforced else min(memory_bytes or most, most)
+    def rlimits(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> dict[str, int]:
+        """The limits of each process of a sandbox, by the names of getrlimit(2); 0 = the runner's own."""
+        most = self._config.limits
+        rlimits = {
+            "NOFILE": most.open_files,
+            "FSIZE": most.file_size,
+            "CORE": 0,
+            "MEMLOCK": _LOCKED_BYTES,
+            "MSGQUEUE": 0,
+            "SIGPENDING": _QUEUED_SIGNALS,
+            "RTPRIO": 0,
+            "NICE": 0,
+        }
+        if sandbox.uid is not None:  # counted per user id: only right where the sandbox has its own
+            rlimits["NPROC"] = min(processes or most.processes, most.processes)
+        if "cgroup-memory" not in self.enforced:  # the last resort: per process, not per sandbox
+            rlimits["DATA"] = min(memory_bytes or most.memory, most.memory)
+        return rlimits
 
     async def end_processes(self, sandbox: SandboxTask) -> None:
         """Nothing of the sandbox runs any more, where it has a cgroup."""

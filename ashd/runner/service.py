@@ -39,7 +39,12 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
                 "session could not be started", session=request.session_id, code=error.code, error=error.message
             )
             await status.abort(context, error)
-        return runner_pb2.StartSessionResponse(sandbox_id=sandbox.id, warm=sandbox.was_warm, enforced=sandbox.enforced)
+        return runner_pb2.StartSessionResponse(
+            sandbox_id=sandbox.id,
+            warm=sandbox.was_warm,
+            enforced=sandbox.enforced,
+            isolation=self._supervisor.isolation,
+        )
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context
@@ -128,6 +133,7 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         settings=_json_of(request.settings_json),
         memory_bytes=request.limits.memory_bytes,
         processes=request.limits.processes,
+        network=request.network,
     )
 
 

@@ -58,6 +58,8 @@ class Claim:
     settings: dict[str, Any]
     memory_bytes: int
     processes: int
+    network: str = ""
+    """none or host; empty = the runner's own."""
 
 
 class Supervisor:
@@ -83,6 +85,11 @@ class Supervisor:
     def enforced(self) -> list[str]:
         """What this host lets us enforce on sandboxes."""
         return self._host.enforced
+
+    @property
+    def isolation(self) -> str:
+        """The level all sandboxes made now have: strict, standard or none."""
+        return self._host.isolation
 
     # ------------------------------------------------------------ beginning and end
 
@@ -265,7 +272,6 @@ class Supervisor:
             "agent": {
                 "session_id": claim.session,
                 "turns": claim.turns,
-                "workspace": str(sandbox.workspace),
                 "runtime": claim.runtime,
                 "entry": claim.entry,
                 "env": claim.env,
@@ -275,9 +281,14 @@ class Supervisor:
                 "max_frame": self._config.journal.max_frame,
                 "timing": self._config.debug_timing,
                 "real_sdk": self._config.real_sdk,
-                "data_limit": self._host.data_limit(claim.memory_bytes),
+                "network": claim.network or self._network_of(claim.runtime),
+                "rlimits": self._host.rlimits(sandbox, claim.memory_bytes, claim.processes),
             },
         }
+
+    def _network_of(self, runtime: str) -> str:
+        """Of an agent that doesn't say; one that is a prompt to a model can't work without."""
+        return "host" if runtime == "claude" else self._config.network
 
     async def start_turn(self, sandbox: SandboxTask, turn: str, request: dict[str, Any], timeout_s: float) -> int:
         """Launches a turn, once; the seq before its first event. Raises Rejected, Unavailable."""

@@ -133,6 +133,7 @@ class Uplink:
                 address=me.address,
                 version=__version__,
                 enforced=supervisor.enforced,
+                isolation=supervisor.isolation,
                 leases=_leases(supervisor),
             ),
             metadata=self._metadata,

@@ -13,6 +13,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import sandbox
 from ashd import log
 from ashd.domain.restart import Backoff
 from ashd.errors import SandboxFailed, Unavailable
+from sandbox.selftest import Setup
 
 _log = log.get(__name__)
 
@@ -38,24 +40,38 @@ PRELOADED = (
     "sandbox.runtimes.echo",
     "sandbox.runtimes.python",
 )
-_MAX_ANSWER_BYTES = 64 * 1024
+_MAX_ANSWER_BYTES = 256 * 1024
 _PACKAGE = Path(sandbox.__file__).parent
 
 
-def revealed_folders() -> list[str]:
+def interpreter_folders() -> list[str]:
     """What every sandbox must be able to read to run at all: the interpreter, its packages, and the room `sandbox`."""
     return [sys.prefix, sys.base_prefix, str(_PACKAGE)]
 
 
-class ZygoteProcess:
-    """One zygote at a time; a dead one is replaced at once, live sandboxes don't notice."""
+def command(control: socket.socket) -> dict[str, Any]:
+    """How subprocess.Popen starts a zygote that is controlled by the other end of `control`."""
+    return {
+        "args": [sys.executable, "-m", "sandbox.zygote", str(control.fileno())],
+        "stdin": subprocess.DEVNULL,
+        # SECURITY: nothing of the supervisor's environment goes any further
+        "env": {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": str(_PACKAGE.parent)},
+    }
 
-    def __init__(self, answer_timeout_s: float) -> None:
+
+class ZygoteProcess:
+    """One zygote at a time; a dead one is replaced at once, live sandboxes don't notice.
+
+    `shown` is what the last one's self-test showed: {"level", "findings", "missed"}.
+    """
+
+    def __init__(self, levels: list[str], setup: Setup, answer_timeout_s: float) -> None:
+        self._order = {"levels": levels, "setup": asdict(setup), "modules": PRELOADED}
         self._answer_timeout_s = answer_timeout_s
         self._asking = asyncio.Lock()  # one question at a time: answers carry no number
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.allowed: dict[str, bool] = {}
+        self.shown: dict[str, Any] = {}
 
     @property
     def pid(self) -> int | None:
@@ -85,16 +101,11 @@ class ZygoteProcess:
         ours.setblocking(False)
         with theirs:
             # WAITS: not: it returns once the exec is done, and asyncio's own way would start a thread for the waiting.
-            self._process = subprocess.Popen(  # noqa: ASYNC220
-                [sys.executable, "-m", "sandbox.zygote", str(theirs.fileno()), *PRELOADED],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # SECURITY: nothing of the supervisor's environment goes any further
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": str(_PACKAGE.parent)},
-            )
+            self._process = subprocess.Popen(pass_fds=[theirs.fileno()], **command(theirs))  # noqa: ASYNC220
         self._socket = ours
+        ours.send(json.dumps(self._order).encode())
         answer = await self._receive()
-        self.allowed = answer["ready"]
+        self.shown = answer["ready"]
 
     async def _receive(self) -> dict[str, Any]:
         assert self._socket is not None

@@ -26,9 +26,10 @@ from typing import Any, Self, TypeVar
 
 import pytest
 
-import sandbox as package
+from ashd.config.schema import RunnerConfig
 from ashd.runner import cgroup, workspace
-from ashd.runner.zygote_process import PRELOADED, revealed_folders
+from ashd.runner.selftest import levels_for, setup_for
+from ashd.runner.zygote_process import PRELOADED, command
 from sandbox.journal import Corrupt, Position, Reader
 from sandbox.protocol import Kind, Record, encode_line
 
@@ -73,19 +74,20 @@ def status_of(pid: int, field: str) -> list[str]:
 
 
 class Zygote:
-    """A running zygote; `allowed` is its probe of what this machine lets sandboxes have."""
+    """A running zygote; `shown` is what its self-test showed, `level` the isolation it gives."""
 
-    def __init__(self) -> None:
+    def __init__(self, isolation: str = "auto") -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ashd-zygote-"))
+        config = RunnerConfig(isolation=isolation)
+        self.setup = setup_for(config, self._folder)
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.settimeout(DEADLINE_S)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "sandbox.zygote", str(theirs.fileno()), *PRELOADED],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={"PATH": os.defpath, "PYTHONPATH": str(Path(package.__file__).parent.parent), "HOST_SECRET": "s"},
-            )
-        self.allowed: dict[str, bool] = json.loads(self._ours.recv(64 * KIB))["ready"]
+            self.process = subprocess.Popen(pass_fds=[theirs.fileno()], **command(theirs))
+        order = {"levels": levels_for(config), "setup": vars(self.setup), "modules": PRELOADED}
+        self._ours.send(json.dumps(order).encode())
+        self.shown: dict[str, Any] = json.loads(self._ours.recv(256 * KIB))["ready"]
+        self.level: str = self.shown["level"]
 
     def fork(self, request: dict[str, Any]) -> int:
         self._ours.send(json.dumps(request).encode())
@@ -98,6 +100,7 @@ class Zygote:
     def __exit__(self, *_: object) -> None:
         self._ours.close()
         assert self.process.wait(DEADLINE_S) in (0, -signal.SIGKILL)
+        shutil.rmtree(self._folder)
 
 
 class Connection:
@@ -164,35 +167,40 @@ class Sandbox:
         self.folder = host.folder / self.id
         self.workspace = self.folder / "workspace"
         self.journal = self.folder / "journal"
-        self.uid = next(_uids) if host.allowed["uid"] else None
-        self.has_namespaces = jailed and host.allowed["namespaces"]
+        self.uid = next(_uids) if os.geteuid() == 0 else None
+        self.level = host.zygote.level if jailed else "none"
+        self.has_namespaces = self.level == "strict"
+        self.inside = "/workspace" if self.has_namespaces else str(self.workspace)
         self._host = host
         self._turns: list[str] = []
         self._connection: Connection | None = None
+        self._pid_namespace = ""
         self._make_folder()
         groups = cgroup.create(host.hierarchies, self.id, memory, processes) if jailed else []
         controllers = cgroup.controllers(host.hierarchies) if groups else []
         self.has_memory_limit = "cgroup-memory" in controllers
         self.has_process_limit = "cgroup-pids" in controllers or self.uid is not None
         self.dies_with_its_keeper = self.has_namespaces or bool(groups)
-        rlimits = {"NOFILE": 256, "CORE": 0, "FSIZE": 64 * MIB} | ({} if groups else {"DATA": memory})
+        self._rlimits = {"NOFILE": 256, "CORE": 0, "FSIZE": 64 * MIB} | ({} if groups else {"DATA": memory})
         if self.uid is not None:
-            rlimits["NPROC"] = processes
+            self._rlimits["NPROC"] = processes
         jail = {
-            "namespaces": self.has_namespaces,
+            "level": self.level,
+            "template": host.zygote.setup.template,
+            "folder": str(self.folder),
             "uid": self.uid,
             "cgroups": [str(group) for group in groups],
-            "reveal": [*revealed_folders(), str(self.workspace)],
-            "rlimits": rlimits,
+            "visible": host.zygote.setup.visible,
         }
         request = {"sandbox": self.id, "folder": str(self.folder), "jail": jail, "bounds": {**BOUNDS, **bounds}}
         self.keeper = host.zygote.fork(request)
 
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700 if self.has_namespaces or self.uid is None else 0o711)
-        self.workspace.mkdir(mode=0o700)
-        if self.uid is not None:
-            os.chown(self.workspace, self.uid, self.uid)
+        for folder in (self.workspace, self.folder / "scratch"):
+            folder.mkdir(mode=0o700)
+            if self.uid is not None:
+                os.chown(folder, self.uid, self.uid)
 
     # ------------------------------------------------------------ talking to the keeper
 
@@ -216,6 +224,7 @@ class Sandbox:
     def wait_until_warm(self) -> None:
         if self.connection.hello["life"] == "jailing":
             self.connection.wait_for(lambda said: said.get("life") == "warm")
+        self._pid_namespace = os.readlink(f"/proc/{self.keeper}/ns/pid_for_children")
 
     def claim(self, files: Mapping[str, str | bytes], runtime: str = "python", **fields: Any) -> dict[str, Any]:
         """Gives the sandbox to a session with this agent; the keeper's answer."""
@@ -224,14 +233,14 @@ class Sandbox:
         agent = {
             "session_id": self.session,
             "turns": 0,
-            "workspace": str(self.workspace),
             "runtime": runtime,
             "entry": [],
             "env": {},
             "settings": {},
             "path": f"{sys.base_prefix}/bin:/usr/local/bin:/usr/bin:/bin",
             "startup": [name for name in ("install.sh", "startup.sh") if name in files],
-            "data_limit": 0,
+            "network": "none",
+            "rlimits": self._rlimits,
             "max_frame": BOUNDS["max_frame"],
             "timing": False,
             "real_sdk": True,
@@ -319,6 +328,8 @@ class Sandbox:
         try:
             if self.uid is not None:
                 return int(status_of(pid, "Uid")[0]) == self.uid and is_running(pid)
+            if self.has_namespaces:
+                return os.readlink(f"/proc/{pid}/ns/pid") == self._pid_namespace and is_running(pid)
             return os.readlink(f"/proc/{pid}/cwd").startswith(str(self.workspace)) and is_running(pid)
         except (OSError, KeyError):
             return False
@@ -329,7 +340,6 @@ class Host:
 
     def __init__(self, zygote: Zygote) -> None:
         self.zygote = zygote
-        self.allowed = zygote.allowed
         self.hierarchies = cgroup.find(f"ashd-test/{os.getpid()}")
         self._sandboxes: list[Sandbox] = []
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -338,17 +339,16 @@ def test_a_full_disk_makes_the_agent_wait_and_loses_nothing(host: Host) -> None:
         pytest.skip("only root can mount a small filesystem to fill")
     sandbox = host.sandbox()
     sandbox.journal.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(sandbox.journal)]
+    in_keepers_view = ["nsenter", f"--mount=/proc/{sandbox.keeper}/ns/mnt", "mount"]
+    mount = [*in_keepers_view, "-t", "tmpfs", "-o", "size=512k", "none", str(sandbox.journal)]
     if subprocess.run(mount, check=False).returncode != 0:
         pytest.skip("nothing can be mounted here")
-    try:
-        assert "ready" in sandbox.claim({"agent.py": HOSTILE})
-        sandbox.start_turn("for i in range(40): send(frame(f'{i} ' + 'x' * 50_000))")
-        until(lambda: "the agent waits" in sandbox.log_text(), "the disk is full")
-        subprocess.run(["mount", "-o", "remount,size=64m", str(sandbox.journal)], check=True)
-        records = sandbox.settled()
-        assert [int(text.split()[0]) for text in texts(records)] == list(range(40))
-        assert [record.seq for record in records] == list(range(1, len(records) + 1))
-        sandbox.end()
-    finally:
-        subprocess.run(["umount", "--lazy", str(sandbox.journal)], check=True)
+    sandbox.journal = Path(f"/proc/{sandbox.keeper}/root{sandbox.journal}")
+    assert "ready" in sandbox.claim({"agent.py": HOSTILE})
+    sandbox.start_turn("for i in range(40): send(frame(f'{i} ' + 'x' * 50_000))")
+    until(lambda: "the agent waits" in sandbox.log_text(), "the disk is full")
+    subprocess.run([*in_keepers_view, "-o", "remount,size=64m", str(sandbox.folder / "journal")], check=True)
+    records = sandbox.settled()
+    assert [int(text.split()[0]) for text in texts(records)] == list(range(40))
+    assert [record.seq for record in records] == list(range(1, len(records) + 1))
+    sandbox.end()
