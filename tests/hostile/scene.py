@@ -138,6 +138,7 @@ class Scene:
         self.secrets = {name: f"{name}-{uuid.uuid4().hex}" for name in ("environment", "file", "host")}
         self._database_folder = database_url.rpartition("host=")[2]
         self._attackers: dict[str, str] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
         self._log_at = 0
         self.host = Host(fleet, self.mark, self.secrets["host"])
         self._skip_unless_strict()
@@ -241,6 +242,11 @@ class Scene:
 
     def facts(self, session: str) -> dict[str, Any]:
         """Everything about its surroundings that is no secret: an attacker need not guess."""
+        if session not in self._facts:
+            self._facts[session] = self._find_facts(session)
+        return self._facts[session]
+
+    def _find_facts(self, session: str) -> dict[str, Any]:
         state_dir = self.runner.environment["ASH_STATE_DIR"]
         coordinator = self.fleet.coordinators[0]
         keeper = self.fleet.keeper_of(session)
@@ -288,7 +294,7 @@ class Scene:
     def _assert_neighbour_is_unharmed(self) -> None:
         before, self._last_report = self._last_report, self._ask_neighbour()
         assert self._last_report == {**before, "turns": before["turns"] + 1}
-        assert self.fleet.keeper_of(self.neighbour).pid == self.neighbours_keeper.pid
+        assert self.neighbours_keeper.is_running()
 
     def _assert_runner_is_unharmed(self) -> None:
         assert self.runner.process.poll() is None, "the supervisor is gone"

@@ -80,8 +80,13 @@ def read_files_of_the_host(facts: Facts) -> str:
 
 
 def _gained_from(path: str) -> str:
-    """An empty folder in a place that the host fills gives nothing away."""
-    return "" if os.path.isdir(path) and not os.listdir(path) else _read(path)
+    """A folder that holds nothing but the way to the interpreter gives nothing away."""
+    ways = [os.path.realpath(way) + "/" for way in (sys.base_prefix, sys.prefix, os.getcwd())]
+    if os.path.isdir(path):
+        names = [f"{path}/{name}/" for name in os.listdir(path)]
+        if all(any(way.startswith(name) for way in ways) for name in names):
+            return ""
+    return _read(path)
 
 
 def read_the_runners_state(facts: Facts) -> str:
@@ -348,7 +353,7 @@ def set_trusted_attributes(facts: Facts) -> str:
         os.setxattr("noted", name, b"y")
         return "set"
 
-    return each(note, ["trusted.overlay.opaque", "trusted.x", "security.selinux"], errno.EOPNOTSUPP)
+    return each(note, ["trusted.overlay.opaque", "trusted.x", "security.ima"], errno.EOPNOTSUPP)
 
 
 def learn_the_hosts_paths(facts: Facts) -> str:

@@ -15,7 +15,7 @@ import socket
 import struct
 from pathlib import Path
 
-from .weapons import Facts, call, each, libc, syscall
+from .weapons import Facts, call, each, libc, refused_with, syscall
 
 TIMEOUT_S = 0.5
 
@@ -252,6 +252,7 @@ def open_the_neighbours_message_queue(facts: Facts) -> str:
     return f"queue {syscall('mq_open', facts.neighbour.queue, os.O_RDWR, 0, None)}"
 
 
+@refused_with(errno.EMFILE)
 def leave_ipc_objects_behind(facts: Facts) -> str:
     """They would outlive every process; the scene looks at the host's tables."""
     call("shmget", facts.host.key, 4096, 0o1666)

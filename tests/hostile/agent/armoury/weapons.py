@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,11 @@ GENERIC = {
     "process_mrelease": 448,
 }  # fmt: skip
 
+refusals: Counter[str] = Counter()
+"""What `each` was refused with so far, by the errno's name: told with the verdict, so that a defence can be told from
+an attack that tried nothing.
+"""
+
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 
@@ -91,16 +97,18 @@ def _checked(result: int, what: str) -> int:
     return result
 
 
-def each(attempt: Callable[[Any], Any], targets: Iterable[Any], *refusals: int) -> str:
+def each(attempt: Callable[[Any], Any], targets: Iterable[Any], *also_refusals: int) -> str:
     """Attempts it on each target; what of it did more than raise a refusal or answer with nothing."""
     gained = []
     for number, target in enumerate(targets, 1):
         try:
             result = attempt(target)
-        except Denied:
+        except Denied as denied:
+            refusals[str(denied)] += 1
             continue
         except OSError as error:
-            if error.errno in REFUSALS or error.errno in refusals:
+            if error.errno in REFUSALS or error.errno in also_refusals:
+                refusals[errno.errorcode.get(error.errno or 0, "?")] += 1
                 continue
             result = f"got as far as {error}"
         if result:
@@ -178,6 +186,7 @@ def obey(order: str) -> Iterator[Any]:
 
 
 def _verdict(attack: Any, facts: Facts) -> dict[str, str]:
+    refusals.clear()
     try:
         gained = attack(facts)
     except Denied as denied:
@@ -190,7 +199,9 @@ def _verdict(attack: Any, facts: Facts) -> dict[str, str]:
         return {"verdict": "denied", "detail": "MemoryError"}
     except BaseException:
         return {"verdict": "broken", "detail": traceback.format_exc()[-2000:]}
-    return {"verdict": "did", "detail": str(gained)[:8000]} if gained else {"verdict": "denied", "detail": "nothing"}
+    if gained:
+        return {"verdict": "did", "detail": str(gained)[:8000]}
+    return {"verdict": "denied", "detail": f"gained nothing; refused {dict(refusals)}"}
 
 
 def _verdict_of_child(attack: Any, facts: Facts) -> dict[str, str]:
