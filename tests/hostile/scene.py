@@ -144,7 +144,7 @@ class Scene:
         self._skip_unless_strict()
         self._settle_neighbour()
         for runtime in RUNTIMES:
-            self.api.deploy(f"attacker-{runtime}", self._agent_files(runtime))
+            self.api.deploy(f"attacker-{runtime}", self.agent_files(runtime))
         self.zygote = self._zygotes()[0].pid
 
     # ------------------------------------------------------------ what the host lets the runner enforce
@@ -191,12 +191,13 @@ class Scene:
 
     # ------------------------------------------------------------ the attacker
 
-    def _agent_files(self, runtime: str) -> dict[str, str]:
+    def agent_files(self, runtime: str, turn_timeout_s: int = TURN_TIMEOUT_S) -> dict[str, str]:
+        """The attacker as an agent's files."""
         folder = HERE / "agent"
         files = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.py")}
         entry = 'entry: ["python3", "agent.py"]\n' if runtime == "command" else ""
         files["agent.yaml"] = (
-            f"runtime: {runtime}\n{entry}turn_timeout: {TURN_TIMEOUT_S}s\n"
+            f"runtime: {runtime}\n{entry}turn_timeout: {turn_timeout_s}s\n"
             f"limits:\n  memoryMb: {LIMITS['memory'] // MIB}\n  maxProcesses: {LIMITS['processes']}\n"
             f"env:\n  HOSTILE_MARK: {self.mark}\n"
         )
@@ -208,6 +209,10 @@ class Scene:
         if session is None or self.api.get_session(session)["status"] != "active":
             session = self._attackers[runtime] = self.api.session(f"attacker-{runtime}")
         return session
+
+    def session(self, runtime: str) -> str:
+        """An attacker of the test's own."""
+        return self.api.session(f"attacker-{runtime}")
 
     def dismiss(self, runtime: str) -> None:
         """Ends the attacker of that runtime."""
@@ -221,12 +226,21 @@ class Scene:
         assert (answer.status, answer.body["session"]["status"]) == (200, "ended"), answer
         eventually(lambda: not any(keeper.is_running() for keeper in keepers))
 
+    def order(self, name: str, session: str) -> str:
+        """What tells an attacker to carry out an attack."""
+        return json.dumps({"attack": name, "facts": self.facts(session)})
+
     def attack(self, name: str, session: str, **options: Any) -> Verdict:
         """Carries one attack out, as a turn of that session, read to its end."""
-        order = json.dumps({"attack": name, "facts": self.facts(session)})
-        stream = self.api.send(session, order, **options)
+        stream = self.api.send(session, self.order(name, session), **options)
         assert stream.status == 200, stream.error
         return self.verdict_of(stream)
+
+    def assert_answers(self, session: str) -> None:
+        """The session has another turn in it, and its events are numbered without a gap."""
+        assert self.attack("output.say_hello", session).text.startswith("hello ")
+        numbers = [event["sequence"] for event in self.api.events(session)]
+        assert numbers == list(range(1, len(numbers) + 1)) or len(numbers) == 2000  # two full pages
 
     def verdict_of(self, stream: Stream) -> Verdict:
         """Of a turn that has ended. Whatever it said, no secret was in it."""
@@ -409,6 +423,11 @@ class Host:
         names = ("shm", "msg", "sem")
         return [name for name in names if str(self._key) in Path(f"/proc/sysvipc/{name}").read_text().split()]
 
+    def titled(self, title: str) -> list[int]:
+        """Processes that an attack has given that title."""
+        wanted = f"{title}-{self.mark}"
+        return [one.pid for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [""])[0] == wanted]
+
     def marked_processes(self) -> list[str]:
         """Processes that carry the mark in their environment or title: what attackers' sandboxes hold, and held."""
         found = []
@@ -484,9 +503,9 @@ def attacks_of(family: str) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def each_attack(*names: str) -> Callable[[Any], Any]:
+def each_attack(*names: str, runtimes: tuple[str, ...] = RUNTIMES) -> Callable[[Any], Any]:
     """Parametrizes a test: every attack, in both runtimes."""
-    cases = [pytest.param(runtime, name, id=f"{name}-{runtime}") for name in names for runtime in RUNTIMES]
+    cases = [pytest.param(runtime, name, id=f"{name}-{runtime}") for name in names for runtime in runtimes]
     return pytest.mark.parametrize(("runtime", "name"), cases)
 
 

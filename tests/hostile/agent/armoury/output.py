@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .weapons import Facts, in_the_agent, needs
+from .weapons import Facts, in_the_agent
 
 KEEPER = 3
 MIB = 1024 * 1024
@@ -28,15 +28,20 @@ def _said(text: str) -> dict[str, Any]:
 
 def _send(descriptor: int, data: bytes, patience_s: float = 10.0) -> int:
     """Writes as much of it as is taken in time; how much."""
-    deadline, sent = time.monotonic() + patience_s, 0
+    deadline, sent, was_blocking = time.monotonic() + patience_s, 0, os.get_blocking(descriptor)
     os.set_blocking(descriptor, False)
     try:
         while sent < len(data) and time.monotonic() < deadline:
             if select.select([], [descriptor], [], 0.1)[1]:
                 sent += os.write(descriptor, data[sent : sent + 65536])
     finally:
-        os.set_blocking(descriptor, True)
+        os.set_blocking(descriptor, was_blocking)
     return sent
+
+
+def say_hello(facts: Facts) -> Iterator[Any]:
+    """No attack: shows that a session still answers."""
+    yield "hello "
 
 
 def say_a_giant_event(facts: Facts) -> Iterator[Any]:
@@ -68,7 +73,7 @@ def say_ten_thousand_events(facts: Facts) -> Iterator[Any]:
 
 
 def say_a_hundred_thousand_pieces(facts: Facts) -> Iterator[Any]:
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 1
     for number in range(100_000):
         if number % 1000 == 0 and time.monotonic() > deadline:
             return
@@ -173,7 +178,7 @@ def write_an_endless_line(facts: Facts) -> str:
 
 @in_the_agent
 def end_the_turn_a_hundred_times(facts: Facts) -> str:
-    """What it says after its end must not be the next turn's."""
+    """The ends to spare are those of its next turns, and of nobody else's."""
     _send(1, b'{"type": "done"}\n' * 100)
     return ""
 
