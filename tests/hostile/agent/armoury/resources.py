@@ -270,7 +270,8 @@ def open_many_files(facts: Facts) -> str:
         if error.errno != errno.EMFILE:
             raise
     finally:
-        os.closerange(min(kept), max(kept) + 1)
+        for number in kept:
+            os.close(number)
     return f"opened {len(kept)}" if len(kept) > facts.limits.open_files else ""
 
 
