@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sandbox import jail
+from sandbox import execs, jail
 from sandbox.protocol import Tag
 from sandbox.title import set_title
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from sandbox.turns import Bridge
 
 
-def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> NoReturn:
+def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int, execs_fd: int | None) -> NoReturn:
     """Becomes the bridge. FORK: called in a fresh child of the keeper; never returns."""
     code = 1
     try:
         set_title("ashd: bridge (warm)")
-        keeper = _own_descriptors(keeper_fd, stdout_fd, stderr_fd)
+        keeper = _own_descriptors(keeper_fd, stdout_fd, stderr_fd, execs_fd)
         jail.confine(spec)
         keeper.sendall(Tag.JAILED + b"{}\n")
         claim = _await_claim(keeper)
@@ -44,18 +44,23 @@ def run(spec: jail.JailSpec, keeper_fd: int, stdout_fd: int, stderr_fd: int) -> 
         os._exit(code)
 
 
-def _own_descriptors(keeper_fd: int, stdout_fd: int, stderr_fd: int) -> socket.socket:
-    """stdin from nowhere, stdout and stderr to the keeper's log, the keeper's socket as descriptor 3, and nothing
-    else.
+def _own_descriptors(keeper_fd: int, stdout_fd: int, stderr_fd: int, execs_fd: int | None) -> socket.socket:
+    """stdin from nowhere, stdout and stderr to the keeper's log, the keeper's socket as descriptor 3, the one for its
+    `Execs` as execs.CHANNEL, and nothing else.
     """
     high = os.dup2(keeper_fd, 100, inheritable=False)
+    if execs_fd is not None:
+        os.dup2(execs_fd, 101, inheritable=False)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
     os.closerange(3, 100)
-    os.closerange(101, 65536)
+    os.closerange(101 if execs_fd is None else 102, 65536)
     os.dup2(high, 3, inheritable=False)
     os.close(high)
+    if execs_fd is not None:
+        os.dup2(101, execs.CHANNEL, inheritable=False)
+        os.close(101)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return socket.socket(fileno=3)
 
@@ -81,6 +86,7 @@ def _serve(spec: jail.JailSpec, keeper: socket.socket, claim: dict[str, Any]) ->
     set_title(f"ashd: bridge {claim['session_id']}")
     sys.dont_write_bytecode = True  # the workspace is the session's: nothing of ours in it
     jail.lock(spec, network=claim["network"], rlimits=claim["rlimits"])
+    execs.report_to_keeper()
     workspace = Path(spec.workspace)
     os.chdir(workspace)
     os.environ.clear()  # SECURITY: an allow-list; what the host's environment holds is none of the agent's business

@@ -13,7 +13,6 @@ Sources: namespaces(7), user_namespaces(7), credentials(7), prctl(2), capabiliti
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import resource
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import landlock, root, seccomp, syscalls
+from sandbox.memory import expose
 from sandbox.syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -43,7 +43,6 @@ from sandbox.syscalls import (
 STRICT, STANDARD, NONE = "strict", "standard", "none"
 LEVELS = (STRICT, STANDARD, NONE)
 
-_OOM_SCORE = 500
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
@@ -87,8 +86,7 @@ def confine(spec: JailSpec) -> None:
     """
     for folder in spec.cgroups:
         Path(folder, "cgroup.procs").write_text("0")
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))  # a sandbox goes before its keeper
+    expose()  # ORDER: still privileged, so that nothing inside can ever take it back
     os.setsid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL, what="prctl(PR_SET_PDEATHSIG)")
     if spec.level == STRICT:

@@ -17,38 +17,36 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import re
 import selectors
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict
 
-from sandbox import bridge, jail, syscalls
+from sandbox import jail
+from sandbox.dropped import Dropped
+from sandbox.execs import AGENT, FOREVER
+from sandbox.frames import Frames, agents_code, text_of, timing_of
 from sandbox.journal import Position, Writer
 from sandbox.ledger import Ledger, Outcome
 from sandbox.logs import LogFile, timestamp
-from sandbox.peer import READ_BYTES, Peer
-from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, Malformed, Tag, encode_line, parse_object
+from sandbox.memory import Group, Kill, Memory, protect
+from sandbox.pace import Pace
+from sandbox.processes import Processes
+from sandbox.protocol import Malformed, Tag, encode_line
+from sandbox.reception import Reception, Refused
 from sandbox.title import set_title
 
 _DISK_RETRY_S = 0.5
 _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
-_KILL_ROUNDS = 100
-_LAST_LOG_READS = 16  # of READ_BYTES: more than a pipe can be made to hold
-_FOREVER = float("inf")
-_TIMING_FIELDS = ("cmdParseMs", "sdkFirstTokenMs", "totalMs", "eventCount")
-_AGENTS_CODE = re.compile(r"(agent|claude)\.[a-z_]{1,40}")
+_MAX_KILLS = 100
+_EVENTS_PER_S = 500
 
 
 class Bounds(TypedDict):
@@ -59,6 +57,7 @@ class Bounds(TypedDict):
     max_journal_bytes: int
     max_log_bytes: int
     kill_timeout_s: float
+    max_events_per_s: NotRequired[float]
 
 
 class Request(TypedDict):
@@ -68,6 +67,7 @@ class Request(TypedDict):
     folder: str
     jail: dict[str, Any]
     bounds: Bounds
+    memory: NotRequired[Group | None]
 
 
 class Life(Enum):
@@ -80,19 +80,12 @@ class Life(Enum):
     ENDING = "ending"  # on its way out, forced when the deadline passes
 
 
-class Refused(Exception):
-    """A command that can't be obeyed now; `code` goes back to the supervisor."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def run(request: Request) -> NoReturn:
     """Becomes the keeper of one sandbox. FORK: called in a fresh child of the zygote; never returns."""
     code = 1
     try:
         os.setsid()
+        protect()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.chdir(request["folder"])
@@ -127,73 +120,50 @@ class Keeper:
     def __init__(self, request: Request) -> None:
         self._sandbox = request["sandbox"]
         self._bounds = request["bounds"]
-        self._spec = jail.JailSpec.from_json(request["jail"])
         self._life = Life.JAILING
         self._session: dict[str, Any] = {}
         self._ledger: Ledger | None = None
         self._launched: OrderedDict[str, int] = OrderedDict()  # turn -> seq before its first event
         self._turn_number = 0
         self._interrupted_as = ""  # the outcome of a turn we asked to stop
-        self._oom_kills_before = 0  # of this turn; a tool killed in an earlier one explains nothing now
         self._cause = ""  # why the sandbox ends, where we know it before it does
-        self._claim_reply: int | None = None
-        self._turn_deadline = self._kill_deadline = self._disk_retry_at = _FOREVER
+        self._agent_kill: Kill | None = None  # of this turn; one of an earlier turn explains nothing now
+        self._kills_told = 0
+        self._turn_deadline = self._kill_deadline = self._disk_retry_at = FOREVER
         self._complaints = 0
         self._timing_wanted = self._timing_due = False
         self._grew = False
-        self._exited = False
         self._selector = selectors.DefaultSelector()
-        self._supervisor: Peer | None = None
-        self._frames = LineReader(self._bounds["max_frame"])
+        self._dropped = Dropped()
+        self._frames = Frames(self._bounds["max_frame"], self._take_frame, self._drop)
+        self._pace = Pace(self._bounds.get("max_events_per_s", _EVENTS_PER_S))
         self._logs = LogFile(Path("logs"), self._bounds["max_log_bytes"])
-        self._spawn_bridge()
-        self._listen()
-
-    # ------------------------------------------------------------ the processes
-
-    def _spawn_bridge(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
-        self._output = {out[0]: "stdout", err[0]: "stderr"}
-        if self._spec.level == jail.STRICT:
-            syscalls.unshare(syscalls.CLONE_NEWPID)  # for the next child only: the bridge becomes PID 1
-        else:
-            syscalls.become_subreaper()
-        self._bridge_pid = os.fork()
-        if self._bridge_pid == 0:
-            bridge.run(self._spec, theirs.detach(), out[1], err[1])  # FORK: never returns
-        theirs.close()
-        self._bridge = Peer(ours, self._selector, self._from_bridge, MAX_COMMAND_BYTES + READ_BYTES)
-        for read_end, write_end in (out, err):
-            os.close(write_end)
-            os.set_blocking(read_end, False)
-            self._selector.register(read_end, selectors.EVENT_READ, partial(self._log_output, read_end))
-        self._bridge_exit = os.pidfd_open(self._bridge_pid)
-        self._selector.register(self._bridge_exit, selectors.EVENT_READ, self._bridge_exited)
-
-    def _bridge_exited(self, _: int) -> None:
-        self._exited = True
-
-    def _log_output(self, pipe: int, _: int = 0) -> bool:
-        """Takes what the agent has written to one of its outputs; False when that is nothing."""
-        try:
-            data = os.read(pipe, READ_BYTES)
-        except BlockingIOError:
-            return False
-        if data:
-            self._logs.feed(self._output[pipe], data)
-        else:
-            self._selector.unregister(pipe)
-            os.close(pipe)
-            del self._output[pipe]
-        return bool(data)
+        group = request.get("memory")
+        self._memory = Memory(group, killed=self._memory_killed, warned=self._memory_warned)
+        self._processes = Processes(
+            jail.JailSpec.from_json(request["jail"]),
+            self._selector,
+            self._logs,
+            self._from_bridge,
+            tools=Path(group["folder"], "tools") if group else None,
+            died=self._memory.died,
+        )
+        self._bridge, self._execs = self._processes.bridge, self._processes.execs
+        commands = {
+            "claim": self._claim,
+            "turn": self._start_turn,
+            "interrupt": self._stop_turn,
+            "acked": self._acknowledge,
+            "end": self._stop,
+        }
+        self._supervisor = Reception("keeper.sock", self._selector, self._standing, commands)
 
     # ------------------------------------------------------------ the loop
 
     def serve(self) -> None:
         """Runs until the jail is dead and everything it said is in the journal."""
         set_title(f"ashd: keeper (warm) {self._sandbox[:8]}")
-        while not self._exited:
+        while not self._processes.exited:
             for key, mask in self._selector.select(self._timeout()):
                 key.data(mask)
             self._meet_deadlines()
@@ -201,20 +171,28 @@ class Keeper:
         self._finish()
 
     def _timeout(self) -> float | None:
-        first = min(self._turn_deadline, self._kill_deadline, self._disk_retry_at)
-        return None if first == _FOREVER else max(0.0, first - time.monotonic())
+        now = time.monotonic()
+        names_at = self._execs.deadline if self._execs else FOREVER
+        go_on_at = self._pace.resume_at if self._pace.resume_at > now else FOREVER
+        deadlines = (self._turn_deadline, self._kill_deadline, self._disk_retry_at, self._memory.deadline)
+        first = min(*deadlines, names_at, go_on_at)
+        return None if first == FOREVER else max(0.0, first - now)
 
     def _meet_deadlines(self) -> None:
         now = time.monotonic()
         if now >= self._turn_deadline:
             self._interrupt("timeout")
         if now >= self._kill_deadline:
-            self._kill_deadline = _FOREVER
+            self._kill_deadline = FOREVER
             self._force()
+        if self._execs and now >= self._execs.deadline:
+            self._execs.learn_names()
+        if now >= self._memory.deadline:
+            self._memory.look()
 
     def _interrupt(self, outcome: str) -> None:
         """Asks the open turn to stop; forces the sandbox to end if it doesn't in time."""
-        self._turn_deadline = _FOREVER
+        self._turn_deadline = FOREVER
         self._interrupted_as = outcome
         self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
         self._bridge.send(encode_line({"type": "interrupt"}))
@@ -224,7 +202,7 @@ class Keeper:
         if self._life is not Life.ENDING:
             self._life = Life.ENDING
             self._cause = cause
-            self._turn_deadline = _FOREVER
+            self._turn_deadline = FOREVER
             self._interrupted_as = self._interrupted_as or "interrupted"  # whatever the bridge will say of an open turn
             self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
             self._bridge.send(encode_line({"type": "end"}))
@@ -232,81 +210,35 @@ class Keeper:
     def _force(self) -> None:
         self._cause = self._cause or self._interrupted_as
         self._logs.write("system", "the sandbox did not end in time and is killed")
-        os.kill(self._bridge_pid, signal.SIGKILL)  # the child isn't reaped before _finish: the pid is its own
+        self._processes.kill()
 
     def _write_journal(self) -> None:
-        """Appends what was collected and rings; while the disk is full the agent has to wait."""
+        """Appends what was collected and rings; while it is full, or the agent is too fast, the agent has to wait."""
         if self._ledger is None:
             return
         try:
             self._grew = self._ledger.writer.flush() or self._grew
-            self._disk_retry_at = _FOREVER
+            self._disk_retry_at = FOREVER
         except OSError as error:
-            if self._disk_retry_at == _FOREVER:
+            if self._disk_retry_at == FOREVER:
                 self._complain(f"the journal can't be written ({error.strerror}); the agent waits")
             self._disk_retry_at = time.monotonic() + _DISK_RETRY_S
-        self._bridge.pause_reading(self._disk_retry_at != _FOREVER or self._ledger.writer.blocked)
+        # One that was asked to stop is heard: its kill deadline bounds what it may say meanwhile.
+        too_fast = not self._interrupted_as and time.monotonic() < self._pace.resume_at
+        self._bridge.pause_reading(self._disk_retry_at != FOREVER or self._ledger.writer.blocked or too_fast)
         # PERF: one bell is enough while the supervisor hasn't taken the last one.
-        if self._grew and self._supervisor is not None and self._supervisor.idle:
+        if self._grew and self._supervisor.is_waiting:
             self._grew = False
-            self._tell({"grew": self._ledger.writer.last.seq, "open_turn": self._ledger.turn})
+            self._supervisor.tell({"grew": self._ledger.writer.last.seq, "open_turn": self._ledger.turn})
 
-    # ------------------------------------------------------------ the supervisor
-
-    def _listen(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with_umask = os.umask(0o077)
-        listener.bind("keeper.sock")  # relative: the path of a socket may have 107 bytes only
-        os.umask(with_umask)
-        listener.listen(4)
-        listener.setblocking(False)
-
-        def accept(_: int) -> None:
-            try:
-                connection, _address = listener.accept()
-            except OSError:
-                return
-            self._meet(connection)
-
-        self._selector.register(listener, selectors.EVENT_READ, accept)
-
-    def _meet(self, connection: socket.socket) -> None:
-        """A supervisor has come: it takes the place of the one before, and is told where things stand."""
-        if self._supervisor is not None:
-            self._supervisor.close()
-        commands = LineReader(MAX_COMMAND_BYTES)
-
-        def received(data: bytes) -> None:
-            for line in commands.feed(data):
-                self._obey(json.loads(line))
-
-        self._supervisor = Peer(connection, self._selector, received, READ_BYTES)
-        self._claim_reply = None
-        self._tell({"hello": self._standing()})
+    # ------------------------------------------------------------ the supervisor's commands
 
     def _standing(self) -> dict[str, Any]:
         last = self._ledger.writer.last.seq if self._ledger else 0
         turn = self._ledger.turn if self._ledger else ""
         return {**self._session, "life": self._life.value, "last_seq": last, "open_turn": turn, "pid": os.getpid()}
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        if self._supervisor is not None:
-            self._supervisor.send(encode_line(message))
-
-    def _obey(self, command: dict[str, Any]) -> None:
-        """One command of the supervisor; the answer carries its `re`."""
-        re = command.get("re")
-        try:
-            obey = self._commands.get(command["cmd"])
-            if obey is None:  # a newer supervisor's; it must not cost the session
-                raise Refused("command.unknown", f"this keeper does not know the command {command['cmd']}")
-            answer = obey(self, command)
-        except Refused as refusal:
-            answer = {"error": str(refusal), "code": refusal.code}
-        if answer is not None:
-            self._tell({"re": re, **answer})
-
-    def _claim(self, command: dict[str, Any]) -> dict[str, Any] | None:
+    def _claim(self, command: dict[str, Any]) -> None:
         """Gives the sandbox to a session, once. Answered when the agent is loaded."""
         if self._life is not Life.WARM:
             raise Refused("sandbox.taken", f"this sandbox is {self._life.value}")
@@ -325,15 +257,11 @@ class Keeper:
         self._timing_wanted = agent["timing"]
         _write_whole(Path("session.json"), encode_line(self._session))
         self._life = Life.LOADING
-        self._claim_reply = command["re"]
+        self._supervisor.answer_later(command)
         set_title(f"ashd: keeper {command['session']}")
+        for descriptor in self._memory.watch():
+            self._selector.register(descriptor, selectors.EVENT_READ, self._memory_changed)
         self._bridge.send(encode_line({"type": "claim", **agent}))
-        return None
-
-    def _loaded(self, answer: dict[str, Any]) -> None:
-        if self._claim_reply is not None:
-            self._tell({"re": self._claim_reply, **answer})
-            self._claim_reply = None
 
     def _start_turn(self, command: dict[str, Any]) -> dict[str, Any]:
         """Launches a turn at most once: asked for it again, says where it began."""
@@ -346,6 +274,7 @@ class Keeper:
             raise Refused("turn.open", f"turn {ledger.turn} is open")
         request = command["request"]
         before = ledger.writer.last.seq
+        self._look_at_memory()
         try:
             ledger.launch(turn, request["content"])
         except OSError as error:
@@ -356,7 +285,8 @@ class Keeper:
             self._launched.popitem(last=False)
         self._turn_number += 1
         self._interrupted_as = ""
-        self._oom_kills_before = _oom_kills(self._spec.cgroups)
+        self._agent_kill, self._kills_told = None, 0
+        self._memory.begin_turn()
         self._timing_due = self._timing_wanted
         self._turn_deadline = time.monotonic() + command["timeout_s"]
         self._bridge.send(encode_line({"type": "turn", "turn": self._turn_number, **request}))
@@ -378,32 +308,17 @@ class Keeper:
         self._end(command.get("cause", "ended"))
         return {"ending": True}
 
-    _commands: ClassVar[dict[str, Callable[[Keeper, dict[str, Any]], dict[str, Any] | None]]] = {
-        "claim": _claim,
-        "turn": _start_turn,
-        "interrupt": _stop_turn,
-        "acked": _acknowledge,
-        "end": _stop,
-    }
-
     # ------------------------------------------------------------ the bridge: believe nothing
 
     def _from_bridge(self, data: bytes) -> None:
         if not data:  # it has closed its end, and most likely is dying; one that isn't can't be used any more
             self._kill_deadline = min(self._kill_deadline, time.monotonic() + self._bounds["kill_timeout_s"])
-        for line in self._frames.feed(data):
-            try:
-                self._take_frame(line[:1], line[1:])
-            except Malformed as error:
-                self._complain(f"dropped a malformed frame: {error}")
-        if self._frames.oversized:
-            self._frames.oversized = 0
-            self._complain(f"dropped a frame of more than {self._bounds['max_frame']} bytes")
+        before = self._ledger.writer.last.seq if self._ledger else 0
+        self._frames.feed(data)
+        if self._ledger is not None:
+            self._pace.spend(self._ledger.writer.last.seq - before)
 
-    def _take_frame(self, tag: bytes, raw: bytes) -> None:
-        body, raw = parse_object(raw)
-        if len(raw) > self._bounds["max_frame"]:
-            raise Malformed(f"{len(raw)} bytes once written in ASCII")
+    def _take_frame(self, tag: bytes, body: dict[str, Any], raw: bytes) -> None:
         if tag == Tag.MESSAGE and self._ledger and self._ledger.turn:
             self._ledger.message(body, raw)
         elif tag == Tag.END and self._ledger and self._ledger.turn and body.get("turn") == self._turn_number:
@@ -412,37 +327,56 @@ class Keeper:
             self._live(Life.WARM)
         elif tag == Tag.READY and self._life is Life.LOADING:
             self._live(Life.READY)
-            self._loaded({"ready": True})
+            self._supervisor.answer({"ready": True})
         elif tag == Tag.FAILED and self._life is Life.LOADING:
-            error = _text(body, "error", "the agent could not be loaded")
-            self._loaded({"error": error, "code": _agents_code(body, "agent.not_loaded")})
+            error = text_of(body, "error", "the agent could not be loaded")
+            self._supervisor.answer({"error": error, "code": agents_code(body, "agent.not_loaded")})
             self._end("not_loaded")
         elif tag == Tag.TIMING and self._timing_due:
             self._timing_due = False
-            self._tell(
-                {"timing": {**_timing_of(body), "sessionId": self._session["session"], "timestamp": timestamp()}}
-            )
+            measured = timing_of(body) | {"sessionId": self._session["session"], "timestamp": timestamp()}
+            self._supervisor.tell({"timing": measured})
         else:
             raise Malformed(f"a frame {tag!r} that has no place now")
 
     def _live(self, life: Life) -> None:
         self._life = life
-        self._tell({"life": life.value})
+        self._supervisor.tell({"life": life.value})
 
     def _settle(self, end: dict[str, Any]) -> None:
-        assert self._ledger is not None
-        error = _text(end, "error", "")
+        self._look_at_memory()
+        error = text_of(end, "error", "")
         if self._interrupted_as:
             outcome = Outcome(self._interrupted_as, *_WHY.get(self._interrupted_as, ("", "")))
+        elif error and self._agent_kill:  # whatever the bridge says, this is why
+            outcome = _oom(self._agent_kill)
         elif error:
-            outcome = Outcome("failed", error, _agents_code(end, "agent.failed"))
+            outcome = Outcome("failed", error, agents_code(end, "agent.failed"))
         else:
             outcome = Outcome("completed")
-        self._ledger.settle(outcome)
-        self._interrupted_as = ""
-        self._turn_deadline = _FOREVER
+        self._settle_as(outcome)
         if self._life is Life.READY:
-            self._kill_deadline = _FOREVER
+            self._kill_deadline = FOREVER
+
+    def _settle_as(self, outcome: Outcome) -> None:
+        assert self._ledger is not None
+        dropped = self._news_of_dropped()
+        self._ledger.settle(outcome, dropped)
+        if dropped:
+            self._logs.write("system", "dropped: " + ", ".join(f"{count} {kind}" for kind, count in dropped.items()))
+        self._interrupted_as = ""
+        self._agent_kill = None
+        self._turn_deadline = FOREVER
+
+    def _drop(self, kind: str, why: str) -> None:
+        self._dropped.count(kind)
+        self._complain(why)
+
+    def _news_of_dropped(self) -> dict[str, int]:
+        if self._ledger is not None:
+            self._dropped.is_now("deltas", self._ledger.writer.dropped_deltas)
+        self._dropped.is_now("log_lines", self._logs.dropped)
+        return self._dropped.news()
 
     def _complain(self, text: str) -> None:
         """A line in the session's log about what its agent did wrong; an agent that goes on and on is heard no more."""
@@ -450,31 +384,56 @@ class Keeper:
         if self._complaints <= _MAX_COMPLAINTS:
             self._logs.write("system", text)
 
+    # ------------------------------------------------------------ memory
+
+    def _memory_changed(self, _: int) -> None:
+        if self._execs:
+            self._execs.learn_names()  # ORDER: now, because one of them may be about to die
+        self._memory.look()
+
+    def _look_at_memory(self) -> None:
+        """Whatever was killed until now has been told of."""
+        if self._execs:
+            self._execs.collect()
+        self._memory.look_for_all()
+
+    def _memory_warned(self, used_bytes: int, limit_bytes: int) -> None:
+        if self._ledger and self._ledger.turn:
+            self._ledger.happened("memory_warning", {"usedBytes": used_bytes, "limitBytes": limit_bytes})
+
+    def _memory_killed(self, kill: Kill) -> None:
+        if kill.scope == AGENT:
+            self._agent_kill = kill
+        if self._kills_told == _MAX_KILLS:
+            self._dropped.count("memory_kills")
+            return
+        self._kills_told += 1
+        self._logs.write("system", f"the {kill.scope} used {kill}")
+        if self._ledger and self._ledger.turn:
+            self._ledger.happened("memory_kill", kill.to_json())
+        self._bridge.send(encode_line({"type": "memory_kill", **kill.to_json()}))
+
     # ------------------------------------------------------------ the end
 
     def _finish(self) -> None:
         """The jail's first process is dead: take its last words, settle, close, and leave nothing running."""
-        _, status = os.waitpid(self._bridge_pid, 0)
-        self._end_descendants()  # ORDER: before its last words are read, or what it left behind could go on for ever
+        status = self._processes.end()  # ORDER: nothing is left to say more, so the last words can be read to their end
         self._bridge.pause_reading(False)
         self._bridge.read_rest()
-        self._close_logs()
+        if os.WIFSIGNALED(status):
+            self._memory.died(self._processes.as_program(), os.WTERMSIG(status))
+        self._look_at_memory()
+        self._processes.log_last_words()
         cause, outcome = self._verdict(status)
         if self._ledger is not None:
             if self._ledger.turn:
-                self._ledger.settle(outcome)
-            self._ledger.close(cause)
+                self._settle_as(outcome)
+            self._ledger.close(cause, outcome.details, self._news_of_dropped())
             self._write_last_words(self._ledger.writer)
-            self._tell({"grew": self._ledger.writer.last.seq, "open_turn": self._ledger.turn})
-        self._loaded({"error": f"the sandbox ended while the agent was loaded: {outcome.error}", "code": outcome.code})
-        self._tell({"closed": cause})
-
-    def _close_logs(self) -> None:
-        for pipe in list(self._output):
-            for _ in range(_LAST_LOG_READS):
-                if not self._log_output(pipe):
-                    break
-        self._logs.close()
+            self._supervisor.tell({"grew": self._ledger.writer.last.seq, "open_turn": self._ledger.turn})
+        why = f"the sandbox ended while the agent was loaded: {outcome.error}"
+        self._supervisor.answer({"error": why, "code": outcome.code})
+        self._supervisor.tell({"closed": cause})
 
     def _verdict(self, status: int) -> tuple[str, Outcome]:
         """The cause of the sandbox's end, and with it the outcome of a turn that was open."""
@@ -482,24 +441,14 @@ class Keeper:
             return "timeout", Outcome("timeout", *_WHY["timeout"])
         if self._cause:
             return self._cause, Outcome(self._interrupted_as or "interrupted")
-        if _oom_kills(self._spec.cgroups) > self._oom_kills_before:
-            return "oom", Outcome("oom", *_WHY["oom"])
         if os.WIFSIGNALED(status):
-            name = signal.Signals(os.WTERMSIG(status)).name
+            number = os.WTERMSIG(status)
+            if number == signal.SIGKILL and self._agent_kill:
+                return "oom", _oom(self._agent_kill)
+            name = signal.Signals(number).name
             return "killed", Outcome("failed", f"The sandbox was killed by {name}.", "sandbox.killed")
         code = os.waitstatus_to_exitcode(status)
         return "exited", Outcome("failed", f"The agent's process exited with code {code}.", "sandbox.exited")
-
-    def _end_descendants(self) -> None:
-        """Without a pid namespace, what the jail's first process left behind is our child now (subreaper)."""
-        children = Path(f"/proc/self/task/{os.getpid()}/children")
-        for _ in range(_KILL_ROUNDS):  # each round makes orphans of the next
-            for pid in map(int, children.read_text().split()):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                except (ProcessLookupError, ChildProcessError, PermissionError):
-                    continue
 
     def _write_last_words(self, writer: Writer) -> None:
         deadline = time.monotonic() + self._bounds["kill_timeout_s"]
@@ -513,45 +462,11 @@ class Keeper:
                 time.sleep(_DISK_RETRY_S)  # the next supervisor settles what we couldn't
 
 
-_WHY = {
-    "timeout": ("The turn took longer than it may.", "turn.timeout"),
-    "oom": ("The agent used more memory than its limit and was killed.", "sandbox.oom"),
-}
+_WHY = {"timeout": ("The turn took longer than it may.", "turn.timeout")}
 
 
-def _text(body: dict[str, Any], name: str, default: str) -> str:
-    """A text from inside, fit for databases and headers: bounded, without NUL and lone surrogates."""
-    value = body.get(name)
-    if not isinstance(value, str) or not value:
-        return default
-    return value[:10_000].replace("\0", "").encode("utf-8", "replace").decode("utf-8")
-
-
-def _timing_of(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a timing line, where they are numbers."""
-    measured = {name: body[name] for name in _TIMING_FIELDS if isinstance(body.get(name), int | float)}
-    return {"type": "timing", "source": "bridge", **measured}
-
-
-def _agents_code(body: dict[str, Any], default: str) -> str:
-    """The code a bridge gives a failure. SECURITY: it may blame the agent in detail, but never us."""
-    code = body.get("code")
-    return code if isinstance(code, str) and _AGENTS_CODE.fullmatch(code) else default
-
-
-def _oom_kills(cgroups: list[str]) -> int:
-    """How many processes of these cgroups the kernel killed for want of memory (memory.events, memory.oom_control)."""
-    for folder in cgroups:
-        for name in ("memory.events", "memory.oom_control"):
-            try:
-                lines = Path(folder, name).read_text().splitlines()
-            except OSError:
-                continue
-            for line in lines:
-                key, _, value = line.partition(" ")
-                if key == "oom_kill":
-                    return int(value)
-    return 0
+def _oom(kill: Kill) -> Outcome:
+    return Outcome("oom", f"The agent used {kill}", "sandbox.oom", kill.to_json())
 
 
 def _write_whole(path: Path, data: bytes) -> None:

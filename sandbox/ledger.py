@@ -7,7 +7,7 @@ died before it could. Leaves out: the format on disk (journal.py), when any of i
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ def _usage_of(result: dict[str, Any]) -> dict[str, Any]:
     return {"usage": {name: value for name, value in usage.items() if isinstance(value, int | float)}}
 
 
+def _dropped(counts: dict[str, int] | None) -> dict[str, Any]:
+    return {"dropped": counts} if counts else {}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a turn ended; `error` and `code` tell why where it did not complete."""
@@ -39,6 +43,8 @@ class Outcome:
     name: str  # completed, interrupted, failed, oom, timeout, lost
     error: str = ""
     code: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else is known, as fields of the last event."""
 
 
 class Ledger:
@@ -77,19 +83,27 @@ class Ledger:
             self.writer.append(Kind.TIMELINE, name, _payload(data), self.turn)
         self.writer.append(Kind.MESSAGE, saved, raw, self.turn)
 
-    def settle(self, outcome: Outcome) -> None:
-        """Ends the open turn."""
+    def happened(self, action: str, data: dict[str, Any]) -> None:
+        """Something became of the sandbox in the open turn: memory_warning, memory_kill."""
+        self.writer.append(Kind.TIMELINE, "lifecycle", _payload({"action": action, **data}), self.turn)
+
+    def settle(self, outcome: Outcome, dropped: dict[str, int] | None = None) -> None:
+        """Ends the open turn. `dropped`: how much of what the agent did since the last one could not be kept, by
+        kind.
+        """
         why = {"error": outcome.error, "code": outcome.code} if outcome.error else {}
         if why:
             self.writer.append(Kind.TIMELINE, "error", _payload(why), self.turn)
         data = {"action": "turn_settled", "turnId": self.turn, "outcome": outcome.name, **self._usage, **why}
+        data |= outcome.details | _dropped(dropped)
         self.writer.append(Kind.SETTLED, "lifecycle", _payload(data), self.turn)
         self._usage = {}
         self.turn = NO_TURN
 
-    def close(self, cause: str) -> None:
+    def close(self, cause: str, details: dict[str, Any] | None = None, dropped: dict[str, int] | None = None) -> None:
         """The last event of this sandbox. `cause`: ended, oom, timeout, exited, killed, lost."""
-        self.writer.append(Kind.CLOSED, "lifecycle", _payload({"action": "sandbox_closed", "cause": cause}), NO_TURN)
+        data = {"action": "sandbox_closed", "cause": cause, **(details or {}), **_dropped(dropped)}
+        self.writer.append(Kind.CLOSED, "lifecycle", _payload(data), NO_TURN)
         self.closed = True
 
 

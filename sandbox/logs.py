@@ -20,6 +20,7 @@ class LogFile:
         self._room = max_bytes
         self._index = 0
         self._partial: dict[str, bytes] = {}
+        self._full = False
         self.dropped = 0
 
     def feed(self, level: str, data: bytes) -> None:
@@ -44,19 +45,21 @@ class LogFile:
 
     def write(self, level: str, line: bytes | str) -> None:
         """One line of at most _MAX_LINE_BYTES; `level` system is the keeper's own word."""
-        if self.dropped:
+        if self._full:
             self.dropped += 1
             return
         text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
         entry = {"index": self._index, "level": level, "text": text[:_MAX_LINE_BYTES], "ts": timestamp()}
         encoded = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         if len(encoded) > self._room:
-            self.dropped = 1
+            self._full = True
+            self.dropped += 1
             entry |= {"level": "system", "text": "the log is full; what follows is dropped"}
             encoded = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
         try:
             os.write(self._fd, encoded)
         except OSError:  # a full disk costs log lines, never the session
+            self.dropped += 1
             return
         self._room -= len(encoded)
         self._index += 1

@@ -8,7 +8,7 @@ Three conversations, all of them lines ended by a newline:
 
     supervisor -> keeper   {"cmd": …}          claim, turn, interrupt, acked, end        (keeper.sock)
     keeper -> supervisor   {"re": …} {"grew": …} {"state": …}                            (keeper.sock)
-    keeper -> bridge       {"type": …}         claim, turn, interrupt, end               (socketpair)
+    keeper -> bridge       {"type": …}         claim, turn, interrupt, memory_kill, end  (socketpair)
     bridge -> keeper       one tag byte, then JSON: see `Tag`                            (the same socketpair)
 
 The first three come from our own processes. The last comes from inside the jail and is believed in nothing.

@@ -29,6 +29,9 @@ _MOST_BYTES_A_CHARACTER = 12
 _FRAME_AROUND_TEXT = 4096
 _MAX_ERROR = 10_000
 
+_MEMORY_KILLS = 100
+_KILL_FIELDS = ("victim", "limitBytes", "peakBytes", "scope")
+
 _INTERRUPT_GRACE_S = 1.0
 
 
@@ -62,7 +65,9 @@ class Session:
     """What an agent knows of its session.
 
     `turn` counts from 1; `history` holds the messages so far, oldest first, as {"role", "content"}; `state` is a dict
-    that lives as long as the session; `interrupted` is set when the user has asked the turn to stop.
+    that lives as long as the session; `interrupted` is set when the user has asked the turn to stop. `memory_kills`
+    tells of processes that were killed for want of memory, oldest first: {"victim": {"name", "pid"}, "limitBytes",
+    "peakBytes", "scope"}.
     """
 
     id: str
@@ -72,6 +77,7 @@ class Session:
     history: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    memory_kills: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Runtime(Protocol):
@@ -82,6 +88,9 @@ class Runtime(Protocol):
 
     def turn(self, message: Message, session: Session) -> AsyncGenerator[str | dict[str, Any]]:
         """Runs one turn: text pieces and message objects as the agent makes them."""
+
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """Tells the agent that the kernel has killed a process of its sandbox; `session.memory_kills` has it too."""
 
     async def close(self) -> None:
         """Ends what the agent runs beside the bridge."""
@@ -157,6 +166,10 @@ class Bridge:
                     self._turn = tasks.create_task(self._run_turn(command), name=f"turn {command['turn']}")
                 elif command["type"] == "interrupt" and self._turn is not None:
                     tasks.create_task(self._interrupt(self._turn), name="interrupt")
+                elif command["type"] == "memory_kill":
+                    del self._session.memory_kills[: -_MEMORY_KILLS + 1]
+                    self._session.memory_kills.append({name: command[name] for name in _KILL_FIELDS})
+                    self._runtime.memory_kill(command)
                 elif command["type"] == "end":
                     break
             if self._turn is not None:

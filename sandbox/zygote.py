@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sandbox import jail, keeper, seccomp, selftest
+from sandbox import execs, jail, keeper, seccomp, selftest
 from sandbox.syscalls import become_subreaper
 from sandbox.title import set_title
 
@@ -69,7 +69,7 @@ def _get_ready(levels: list[str], setup: selftest.Setup) -> dict[str, Any]:
         selftest.prepare(setup)
     if outcome["level"] != jail.NONE:
         seccomp.program()  # PERF: made once, shared by all
-    return outcome
+    return {**outcome, "tools": execs.probe()}
 
 
 def _spawn(request: keeper.Request, keepers: set[int]) -> dict[str, object]:

@@ -82,7 +82,7 @@ class Dispatcher:
             except Unavailable as error:  # full, draining or not answering: the next one
                 refused.append(session.runner_id or "")
                 _log.info("runner can't take a session", session=session.id, runner=session.runner_id, code=error.code)
-                session = await self._move(session, refused)
+                session = await self._move(session, refused, error)
             except Fault as fault:
                 await sessions.fail_start(self._db, session.id, session.epoch, fault.message)
                 raise
@@ -98,14 +98,16 @@ class Dispatcher:
             raise Conflict("The session was ended while it was being started", code="session.ended")
         return active
 
-    async def _move(self, session: sessions.Session, refused: list[str]) -> sessions.Session:
+    async def _move(self, session: sessions.Session, refused: list[str], last: Unavailable) -> sessions.Session:
+        """The session, placed on another runner. Raises Unavailable, with the reason of the `last` one that refused."""
         try:
             return await sessions.move(
                 self._db, session.id, session.epoch, dead_after_s=self._config.runner_dead_after, exclude=refused
             )
         except Unavailable as error:
-            await sessions.fail_start(self._db, session.id, session.epoch, error.message)
-            raise
+            why = f"{error.message} (the last runner asked: {last.message})"
+            await sessions.fail_start(self._db, session.id, session.epoch, why)
+            raise Unavailable(why, code=error.code, retry_after_s=error.retry_after_s) from None
 
     async def _ask_to_start(self, session: sessions.Session) -> runner_pb2.StartSessionResponse:
         spec = json.loads(session.agent_spec)

@@ -96,7 +96,7 @@ async def _serving(config: RunnerConfig, supervisor: Supervisor) -> AsyncIterato
 
 async def _drain(config: RunnerConfig, supervisor: Supervisor, uplink: Uplink) -> None:
     """Takes nothing new, lets open turns end, ends the sandboxes and says goodbye."""
-    _log.info("runner is draining", live=len(list(supervisor.live())))
+    _log.info("runner is draining", live=len(list(supervisor.sandboxes.live())))
     supervisor.draining = True
     supervisor.capacity_changed.set()
     await supervisor.settle_open_turns(config.drain_timeout)

@@ -21,14 +21,19 @@ from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess
 from ashd.wire.status import FULL
+from sandbox.memory import protect
 
 _log = log.get(__name__)
 
 _WITHOUT = {
     "cgroup-memory": "the memory limit holds for each process, not for a sandbox",
+    "cgroup-cpu": "a sandbox may use all processors as long as nobody else wants them",
+    "tool-cgroup": "an agent's tools count as the agent: where one uses too much memory, the session may die with it",
+    "oom-protection": "where the host runs out of memory, the runner is as likely a victim as any process",
     "cgroup-pids": "the number of processes of a sandbox is limited per user id or not at all",
     "landlock": "there is no second wall behind namespaces and user ids",
 }
+_SANDBOX_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LOCKED_BYTES = 8 * 1024 * 1024
 _QUEUED_SIGNALS = 4096
 
@@ -43,7 +48,10 @@ class SandboxHost:
         self._hierarchies = cgroup.find(f"{config.cgroup_parent}/{_cgroup_name(runner_id, state_dir)}")
         self._setup = selftest.setup_for(config, state_dir)
         self._free_uids = _uids(config.uid_range) if self._setup.uid is not None else []
+        self.uids = frozenset(self._free_uids)
+        self.taken_uids: set[int] = set()
         self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
+        self._is_protected = protect()
         self.isolation = ""
         self.enforced: list[str] = []
 
@@ -70,10 +78,36 @@ class SandboxHost:
         enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges", *report.enforced]
         for missed in report.missed:
             _log.warning("isolation is not strict", open=missed.name, why=missed.detail, remedy=missed.remedy)
+        if self._zygote.shown["tools"] and "cgroup-memory" in enforced:
+            enforced.append("tool-cgroup")
+        if self._is_protected:
+            enforced.append("oom-protection")
         for name, without in _WITHOUT.items():
             if name not in enforced:
                 _log.warning("this host does not let the runner enforce everything", missing=name, means=without)
         return enforced
+
+    @property
+    def zygote_pid(self) -> int | None:
+        return self._zygote.pid
+
+    # ------------------------------------------------------------ groups
+
+    def group_parents(self) -> list[Path]:
+        """The cgroups below which each sandbox has its own, one in each hierarchy."""
+        return [hierarchy.parent for hierarchy in self._hierarchies]
+
+    def groups_of(self, sandbox_id: str) -> list[Path]:
+        """Where a sandbox's cgroups are, or would be."""
+        return [parent / sandbox_id for parent in self.group_parents()]
+
+    def groups(self) -> set[str]:
+        """Names of all groups of sandboxes there are; what has another name is not a sandbox's. Raises OSError."""
+        return {name for name in cgroup.leftovers(self._hierarchies, set()) if _SANDBOX_ID.fullmatch(name)}
+
+    async def remove_groups(self, name: str) -> None:
+        """Kills what runs in a group that is nobody's, and removes it."""
+        await cgroup.remove(self._hierarchies, name)
 
     # ------------------------------------------------------------ one sandbox
 
@@ -83,7 +117,15 @@ class SandboxHost:
             return None
         if not self._free_uids:
             raise Unavailable(f"all user ids of uid_range {self._config.uid_range} are taken", code=FULL)
-        return self._free_uids.pop()
+        uid = self._free_uids.pop()
+        self.taken_uids.add(uid)
+        return uid
+
+    def give_back(self, uid: int) -> None:
+        """Nobody runs under this user id any more."""
+        if uid in self.taken_uids:
+            self.taken_uids.remove(uid)
+            self._free_uids.insert(0, uid)  # the longest unused goes out first
 
     def uid_of(self, folder: Path) -> int | None:
         """The user id a sandbox of an earlier supervisor has; it is taken from now on."""
@@ -93,6 +135,7 @@ class SandboxHost:
             return None
         if owner in self._free_uids:
             self._free_uids.remove(owner)
+            self.taken_uids.add(owner)
         return owner if owner != os.geteuid() else None
 
     async def make(self, sandbox: SandboxTask) -> None:
@@ -104,6 +147,7 @@ class SandboxHost:
         await self._zygote.fork(self._fork_request(sandbox, groups))
         await sandbox.connect(self._config.spawn_timeout)
         sandbox.enforced = self.enforced
+        sandbox.isolation = self.isolation
 
     def _make_room(self, sandbox: SandboxTask) -> list[Path]:
         """The sandbox's folder, workspace and cgroups. Raises OSError."""
@@ -115,7 +159,7 @@ class SandboxHost:
             if sandbox.uid is not None:
                 os.chown(folder, sandbox.uid, sandbox.uid)
         limits = self._config.limits
-        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes)
+        return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
         journal = self._config.journal
@@ -136,7 +180,9 @@ class SandboxHost:
                 "max_journal_bytes": journal.max_bytes,
                 "max_log_bytes": journal.max_log_bytes,
                 "kill_timeout_s": self._config.kill_timeout,
+                "max_events_per_s": journal.max_events_per_s,
             },
+            "memory": cgroup.memory_group(self._hierarchies, sandbox.id),
         }
 
     def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
@@ -145,7 +191,7 @@ class SandboxHost:
         memory = min(memory_bytes or most.memory, most.memory)
         processes = min(processes or most.processes, most.processes)
         if (memory, processes) != (most.memory, most.processes):
-            cgroup.create(self._hierarchies, sandbox.id, memory, processes)
+            cgroup.create(self._hierarchies, sandbox.id, memory, processes, most.cpu_percent)
 
     def rlimits(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> dict[str, int]:
         """The limits of each process of a sandbox, by the names of getrlimit(2); 0 = the runner's own."""
@@ -176,7 +222,7 @@ class SandboxHost:
         await self.end_processes(sandbox)
         await asyncio.to_thread(workspace.remove, sandbox.folder)
         if sandbox.uid is not None:
-            self._free_uids.insert(0, sandbox.uid)  # the longest unused goes out first
+            self.give_back(sandbox.uid)
 
     async def found(self) -> list[Path]:
         """Folders of sandboxes that an earlier supervisor left; groups without a folder are removed."""

@@ -8,15 +8,20 @@ import fcntl
 import itertools
 import json
 import os
+import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ashd import log
+from ashd.config.schema import SandboxLimits
 from ashd.domain import sandbox as machine
 from ashd.domain.sandbox import Fact, State
 from ashd.errors import Rejected, SandboxFailed, Unavailable
+from ashd.runner import processes
 from ashd.runner.journals import Bell, Recording
 from sandbox.journal import Place
 from sandbox.protocol import MAX_COMMAND_BYTES, NO_TURN, encode_line
@@ -24,19 +29,24 @@ from sandbox.protocol import MAX_COMMAND_BYTES, NO_TURN, encode_line
 _log = log.get(__name__)
 
 _CONNECT_PAUSE_S = 0.005
+_KILL_PAUSE_S = 0.02
 _MAX_ANSWER_BYTES = 1024 * 1024
 _ACKED_EVERY = 16
 """In an open turn the keeper hears of commits every so many events; it needs to, when its journal is full."""
 
 
+Grew = Callable[["SandboxTask"], None]
+"""Told of each growth of a sandbox's journal."""
+
+
 class SandboxTask:
     """A sandbox and its keeper's connection.
 
-    `recording` and `session` are None while nobody has claimed it. `closed` is set when the journal has its last
-    record.
+    `session` is empty while nobody has claimed it. `closed` is set when the journal has its last record; `closed_as` is
+    why, if the keeper could still say. `limits` are None where a supervisor before us set them.
     """
 
-    def __init__(self, sandbox_id: str, folder: Path, uid: int | None, grew: Callable[[SandboxTask], None]) -> None:
+    def __init__(self, sandbox_id: str, folder: Path, uid: int | None, grew: Grew) -> None:
         self.id = sandbox_id
         self.folder = folder
         self.uid = uid
@@ -47,6 +57,11 @@ class SandboxTask:
         self.last_seq = 0
         self.open_turn = ""
         self.enforced: list[str] = []
+        self.isolation = ""
+        self.limits: SandboxLimits | None = None
+        self.disk_bytes = 0
+        self.closed_as = ""
+        self.kills: Counter[str] = Counter()
         self.was_warm = False
         self.recording = Recording(0)
         self._told_acked = 0
@@ -169,7 +184,10 @@ class SandboxTask:
             self.learn(Fact.LOADED)
         elif "timing" in said:
             print(json.dumps(said["timing"]), file=sys.stderr, flush=True)
+        elif "kill" in said:  # of something inside, which the sandbox survives
+            self.kills[said["kill"]] += 1
         elif "closed" in said:
+            self.closed_as = said["closed"]
             self.log.info("sandbox closed", cause=said["closed"])
 
     def catch_up(self, hello: dict[str, Any]) -> None:
@@ -198,6 +216,16 @@ class SandboxTask:
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(ConnectionError("the keeper hung up"))
+
+    async def end_keeper(self, timeout_s: float) -> None:
+        """Kills the keeper if it lives, and waits for its end; it can't ignore that, so `timeout_s` is a formality."""
+        deadline = time.monotonic() + timeout_s
+        while not self.keeper_is_dead() and time.monotonic() < deadline:
+            # RACE: the lock is held, so the keeper lives and what works in its folder can't be a reused pid.
+            for pid in processes.working_in(self.folder):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(_KILL_PAUSE_S)
 
     def keeper_is_dead(self) -> bool:
         """Whether the keeper's lock is free; it holds it for life."""

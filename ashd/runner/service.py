@@ -9,6 +9,7 @@ from typing import Any
 from grpc import aio
 
 from ashd import log
+from ashd.config.schema import SandboxLimits
 from ashd.errors import AshdError, Fault, Rejected
 from ashd.runner.journals import follow
 from ashd.runner.sandbox_task import SandboxTask
@@ -43,14 +44,14 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             sandbox_id=sandbox.id,
             warm=sandbox.was_warm,
             enforced=sandbox.enforced,
-            isolation=self._supervisor.isolation,
+            isolation=sandbox.isolation,
         )
 
     async def StartTurn(
         self, request: runner_pb2.StartTurnRequest, context: Context
     ) -> AsyncIterator[events_pb2.EventBatch]:
         try:
-            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            sandbox = self._supervisor.sandboxes.find(request.session_id, request.epoch)
             asked = _json_of(request.request)
             after = await self._supervisor.start_turn(sandbox, request.turn_id, asked, request.timeout_ms / 1000)
         except AshdError as error:
@@ -62,7 +63,7 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
         self, request: runner_pb2.StreamEventsRequest, context: Context
     ) -> AsyncIterator[events_pb2.EventBatch]:
         try:
-            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            sandbox = self._supervisor.sandboxes.find(request.session_id, request.epoch)
             if request.after_seq > sandbox.last_seq:
                 ahead = f"the cursor names event {request.after_seq}, the session has {sandbox.last_seq}"
                 raise Rejected(ahead, code=status.AHEAD)
@@ -92,7 +93,7 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
         self, request: runner_pb2.InterruptTurnRequest, context: Context
     ) -> runner_pb2.InterruptTurnResponse:
         try:
-            sandbox = self._supervisor.find(request.session_id, request.epoch)
+            sandbox = self._supervisor.sandboxes.find(request.session_id, request.epoch)
             interrupted = await self._supervisor.interrupt(sandbox, request.turn_id)
         except AshdError as error:
             await status.abort(context, error)
@@ -102,15 +103,24 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
         self, request: runner_pb2.ListSandboxesRequest, context: Context
     ) -> runner_pb2.ListSandboxesResponse:
         return runner_pb2.ListSandboxesResponse(
-            sandboxes=[
-                runner_pb2.Sandbox(
-                    sandbox_id=sandbox.id,
-                    session_id=sandbox.session,
-                    epoch=sandbox.epoch,
-                    state=sandbox.state.value,
-                )
-                for sandbox in self._supervisor.all()
-            ]
+            sandboxes=[self._listed(sandbox) for sandbox in self._supervisor.sandboxes.all()]
+        )
+
+    def _listed(self, sandbox: SandboxTask) -> runner_pb2.Sandbox:
+        used = self._supervisor.usage.of(sandbox.id)
+        return runner_pb2.Sandbox(
+            sandbox_id=sandbox.id,
+            session_id=sandbox.session,
+            epoch=sandbox.epoch,
+            state=sandbox.state.value,
+            isolation=sandbox.isolation,
+            limits=None if sandbox.limits is None else _limits(sandbox.limits),
+            pss_bytes=used.pss_bytes,
+            memory_bytes=used.memory_bytes,
+            cpu_seconds=used.cpu_s,
+            processes=used.processes,
+            descriptors=used.descriptors,
+            disk_bytes=sandbox.disk_bytes,
         )
 
     async def EndSession(
@@ -133,7 +143,22 @@ def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
         settings=_json_of(request.settings_json),
         memory_bytes=request.limits.memory_bytes,
         processes=request.limits.processes,
+        open_files=request.limits.open_files,
+        file_size_bytes=request.limits.file_size_bytes,
+        cpu_percent=request.limits.cpu_percent,
+        disk_bytes=request.limits.disk_bytes,
         network=request.network,
+    )
+
+
+def _limits(limits: SandboxLimits) -> runner_pb2.Limits:
+    return runner_pb2.Limits(
+        memory_bytes=limits.memory,
+        processes=limits.processes,
+        open_files=limits.open_files,
+        file_size_bytes=limits.file_size,
+        cpu_percent=limits.cpu_percent,
+        disk_bytes=limits.disk,
     )
 
 

@@ -39,7 +39,6 @@ _log = log.get(__name__)
 _ASK_TIMEOUT_S = 10.0
 _RECORD_TIMEOUT_S = 60.0
 _HEARTBEATS_PER_INVENTORY = 3
-_SAMPLED_SANDBOXES = 8
 _MIN_PAUSE_S = 0.5
 
 
@@ -140,7 +139,7 @@ class Uplink:
             timeout=_ASK_TIMEOUT_S,
         )
         for recorded in response.recorded:
-            sandbox = supervisor.of_lease(recorded.session_id, recorded.epoch)
+            sandbox = supervisor.sandboxes.of_lease(recorded.session_id, recorded.epoch)
             if sandbox is not None:
                 sandbox.recording.acknowledge(recorded.seq)
         _end_stale(supervisor, response.stale)
@@ -160,31 +159,35 @@ class Uplink:
         call = stub.Heartbeat(metadata=self._metadata)
         while True:
             supervisor.capacity_changed.clear()
-            response = await _exchange(call, await self._heartbeat(supervisor), _ASK_TIMEOUT_S)
+            response = await _exchange(call, self._heartbeat(supervisor), _ASK_TIMEOUT_S)
             _end_stale(supervisor, response.stale)
             supervisor.draining = supervisor.draining or response.drain
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(supervisor.capacity_changed.wait(), self._config.heartbeat_interval)
                 await asyncio.sleep(_MIN_PAUSE_S)  # many changes at once are one heartbeat
 
-    async def _heartbeat(self, supervisor: Supervisor) -> registry_pb2.HeartbeatRequest:
-        memory = psutil.virtual_memory()
+    def _heartbeat(self, supervisor: Supervisor) -> registry_pb2.HeartbeatRequest:
+        memory, count = psutil.virtual_memory(), supervisor.sandboxes.count
         request = registry_pb2.HeartbeatRequest(
             runner_id=self._identity.runner_id,
             counts=registry_pb2.Counts(
-                warming=supervisor.count(State.WARMING, State.CLAIMED),
-                warm=supervisor.count(State.WARM),
-                running=supervisor.count(State.RUNNING),
-                waiting=supervisor.count(State.WAITING),
-                warm_hits=supervisor.warm_hits,
-                cold_starts=supervisor.cold_starts,
+                warming=count(State.WARMING, State.CLAIMED),
+                warm=count(State.WARM),
+                running=count(State.RUNNING),
+                waiting=count(State.WAITING),
+                warm_hits=supervisor.pool.hits,
+                cold_starts=supervisor.pool.cold_starts,
             ),
             memory=registry_pb2.Memory(
                 total_bytes=memory.total,
                 used_bytes=memory.total - memory.available,
-                per_sandbox_bytes=await asyncio.to_thread(_mean_pss, _sample(supervisor)),
+                per_sandbox_bytes=supervisor.usage.mean_pss(),
             ),
             draining=supervisor.draining,
+            usage=_usage(supervisor),
+            refusing=supervisor.admission.refusing,
+            orphans=supervisor.orphans,
+            kills=supervisor.kills,
         )
         if self._beats % _HEARTBEATS_PER_INVENTORY == 0:
             request.inventory.CopyFrom(registry_pb2.Inventory(leases=_leases(supervisor)))
@@ -198,7 +201,7 @@ class Uplink:
             answer: registry_pb2.RecordResponse = await _exchange(call, request, _RECORD_TIMEOUT_S)
             return answer
 
-        for sandbox in supervisor.live():  # a new stream begins at what was acknowledged
+        for sandbox in supervisor.sandboxes.live():  # a new stream begins at what was acknowledged
             if sandbox.last_seq > sandbox.recording.acked_seq:
                 supervisor.to_record[sandbox.id] = sandbox
         await Recorder(supervisor, self._identity.runner_id, send).run()
@@ -239,7 +242,9 @@ def _first(group: BaseExceptionGroup[Any]) -> Any:
 
 
 def _leases(supervisor: Supervisor) -> list[registry_pb2.SessionLease]:
-    return [registry_pb2.SessionLease(session_id=session, epoch=epoch) for session, epoch in supervisor.leases()]
+    return [
+        registry_pb2.SessionLease(session_id=session, epoch=epoch) for session, epoch in supervisor.sandboxes.leases()
+    ]
 
 
 def _end_stale(supervisor: Supervisor, stale: Any) -> None:
@@ -248,17 +253,12 @@ def _end_stale(supervisor: Supervisor, stale: Any) -> None:
         supervisor.end_session(lease.session_id, lease.epoch, "fenced")
 
 
-def _sample(supervisor: Supervisor) -> list[int]:
-    """Keepers of a few sandboxes, other ones each time."""
-    pids = [sandbox.keeper_pid for sandbox in supervisor.live() if sandbox.keeper_pid]
-    return random.sample(pids, min(len(pids), _SAMPLED_SANDBOXES))
-
-
-def _mean_pss(keepers: list[int]) -> int:
-    """Mean proportional set size of sandboxes: the keeper and all below it (psutil, from smaps)."""
-    sizes = []
-    for pid in keepers:
-        with contextlib.suppress(psutil.Error):
-            keeper = psutil.Process(pid)
-            sizes.append(sum(p.memory_full_info().pss for p in [keeper, *keeper.children(recursive=True)]))
-    return sum(sizes) // len(sizes) if sizes else 0
+def _usage(supervisor: Supervisor) -> registry_pb2.Usage:
+    total = supervisor.usage.total()
+    return registry_pb2.Usage(
+        pss_bytes=total.pss_bytes,
+        cpu_seconds=total.cpu_s,
+        processes=total.processes,
+        descriptors=total.descriptors,
+        disk_bytes=sum(sandbox.disk_bytes for sandbox in supervisor.sandboxes.all()),
+    )

@@ -35,6 +35,7 @@ class BundleCache:
         self._folder = folder
         self._fetch = fetch
         self._fetching: dict[str, asyncio.Lock] = {}
+        self._staging: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def folder_of(self, digest: str) -> Path:
@@ -50,8 +51,13 @@ class BundleCache:
         self._fetching.pop(digest, None)
         return target
 
+    def abandoned(self) -> list[Path]:
+        """Folders of fetches that were cut short, by a supervisor's death for instance."""
+        return [folder for folder in self._folder.glob(".new-*") if folder not in self._staging]
+
     async def _bring(self, digest: str, target: Path) -> None:
         staging = self._folder / f".new-{uuid.uuid4()}"
+        self._staging.add(staging)
         try:
             staging.mkdir()
             archive = staging / "bundle.tar.gz"
@@ -64,6 +70,7 @@ class BundleCache:
             raise SandboxFailed(f"the agent's files could not be stored: {error}", code="bundle.not_stored") from error
         finally:
             await asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True)
+            self._staging.discard(staging)
         _log.info("bundle fetched", digest=digest)
 
 

@@ -102,15 +102,18 @@ class ZygoteProcess:
         with theirs:
             # WAITS: not: it returns once the exec is done, and asyncio's own way would start a thread for the waiting.
             self._process = subprocess.Popen(pass_fds=[theirs.fileno()], **command(theirs))  # noqa: ASYNC220
-        self._socket = ours
-        ours.send(json.dumps(self._order).encode())
-        answer = await self._receive()
+        try:
+            ours.send(json.dumps(self._order).encode())
+            answer = await self._receive(ours)
+        except BaseException:
+            ours.close()
+            raise
         self.shown = answer["ready"]
+        self._socket = ours  # ORDER: only now, or whoever asks for a fork would get the answer meant for us
 
-    async def _receive(self) -> dict[str, Any]:
-        assert self._socket is not None
+    async def _receive(self, control: socket.socket) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        data = await asyncio.wait_for(loop.sock_recv(self._socket, _MAX_ANSWER_BYTES), self._answer_timeout_s)
+        data = await asyncio.wait_for(loop.sock_recv(control, _MAX_ANSWER_BYTES), self._answer_timeout_s)
         if not data:
             raise OSError("the zygote closed its socket")
         answer: dict[str, Any] = json.loads(data)
@@ -145,7 +148,7 @@ class ZygoteProcess:
                 raise Unavailable("the zygote is being started again", code="zygote.away")
             try:
                 await asyncio.get_running_loop().sock_sendall(self._socket, json.dumps(request).encode())
-                answer = await self._receive()
+                answer = await self._receive(self._socket)
             except (OSError, TimeoutError) as error:
                 self._kill()
                 raise Unavailable(f"the zygote did not answer: {error}", code="zygote.away") from None

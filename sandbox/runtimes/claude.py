@@ -32,6 +32,9 @@ class Mock:
         resumed = "[Resumed session] " if session.turn > 1 else ""
         yield f"{resumed}[Mock] Turn {session.turn} | History: {' | '.join([*prompts, message.text])}"
 
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """Nobody to tell."""
+
     async def close(self) -> None:
         """Nothing to end."""
 
@@ -51,6 +54,9 @@ class Unavailable:
         if session.turn:  # always: what makes this a generator comes after
             raise AgentError(_NO_SDK, "claude.not_available")
         yield ""
+
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """Nobody to tell."""
 
     async def close(self) -> None:
         """Nothing to end."""

@@ -1,8 +1,8 @@
 """The command runtime: an agent is any program that speaks JSON lines on its stdin and stdout (docs/agents.md).
 
-One process for the sandbox's life. In: {"type": "turn"}, {"type": "interrupt"}. Out: message objects, {"type":
-"delta", "text"}, and {"type": "done"} or {"type": "done", "error"} to end the turn. Its stderr goes to the session's
-logs.
+One process for the sandbox's life. In: {"type": "turn"}, {"type": "interrupt"}, {"type": "memory_kill"}. Out:
+message objects, {"type": "delta", "text"}, and {"type": "done"} or {"type": "done", "error"} to end the turn. Its
+stderr goes to the session's logs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from sandbox.execs import announce_agent
 from sandbox.protocol import LineReader, encode_line
 from sandbox.turns import AgentError, Message, Runtime, Session, keep_child
 
@@ -129,6 +130,7 @@ class CommandAgent:
 
     async def _start(self) -> Program:
         pipe = asyncio.subprocess.PIPE
+        announce_agent()
         try:
             process = await asyncio.create_subprocess_exec(*self._argv, stdin=pipe, stdout=pipe, start_new_session=True)
         except OSError as error:
@@ -180,6 +182,11 @@ class CommandAgent:
             shown = line[:200].decode("utf-8", "replace")
             raise AgentError(f"{self._argv[0]} wrote a line that is not a JSON object: {shown}", "agent.not_json")
         return said
+
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """A line on its stdin, taken when it reads; a keeper tells of so many only that none has to wait here."""
+        if self._program is not None and not self._program.is_dead:
+            self._program.stdin.write(encode_line(kill))
 
     async def close(self) -> None:
         """Asks the program to end; what doesn't is forced by the end of the jail."""

@@ -20,6 +20,9 @@ class Echo:
         else:
             yield {"type": "assistant", "message": {"role": "assistant", "content": message.content}}
 
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """Nobody to tell."""
+
     async def close(self) -> None:
         """Nothing to end."""
 

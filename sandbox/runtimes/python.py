@@ -61,6 +61,9 @@ class PythonAgent:
                 async for item in items:
                     yield item
 
+    def memory_kill(self, kill: dict[str, Any]) -> None:
+        """`session.memory_kills` tells."""
+
     async def close(self) -> None:
         """The bridge's end ends the agent."""
 

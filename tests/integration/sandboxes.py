@@ -42,6 +42,7 @@ BOUNDS = {
     "max_journal_bytes": 8 * MIB,
     "max_log_bytes": 256 * KIB,
     "kill_timeout_s": KILL_TIMEOUT_S,
+    "max_events_per_s": 100_000,
 }
 _uids = itertools.count(1_000_000 + os.getpid() % 100_000 * 1000)  # no other test run's, nor a runner's
 T = TypeVar("T")
@@ -71,6 +72,12 @@ def status_of(pid: int, field: str) -> list[str]:
         if line.startswith(f"{field}:"):
             return line.split()[1:]
     raise KeyError(field)
+
+
+def text_of(records: list[Record]) -> str:
+    """What the agent said in whole messages."""
+    messages = [json.loads(record.payload) for record in records if record.type == "assistant"]
+    return "".join(block["text"] for message in messages for block in message["message"]["content"])
 
 
 class Zygote:
@@ -161,7 +168,9 @@ class Connection:
 class Sandbox:
     """One sandbox, from its supervisor's side."""
 
-    def __init__(self, host: Host, *, bounds: Mapping[str, float], memory: int, processes: int, jailed: bool) -> None:
+    def __init__(
+        self, host: Host, *, bounds: Mapping[str, float], memory: int, processes: int, cpu: int, jailed: bool
+    ) -> None:
         self.id = uuid.uuid4().hex
         self.session = str(uuid.uuid4())
         self.folder = host.folder / self.id
@@ -176,8 +185,9 @@ class Sandbox:
         self._connection: Connection | None = None
         self._pid_namespace = ""
         self._make_folder()
-        groups = cgroup.create(host.hierarchies, self.id, memory, processes) if jailed else []
+        groups = cgroup.create(host.hierarchies, self.id, memory, processes, cpu) if jailed else []
         controllers = cgroup.controllers(host.hierarchies) if groups else []
+        self.has_tools_apart = "cgroup-memory" in controllers and host.zygote.shown["tools"]
         self.has_memory_limit = "cgroup-memory" in controllers
         self.has_process_limit = "cgroup-pids" in controllers or self.uid is not None
         self.dies_with_its_keeper = self.has_namespaces or bool(groups)
@@ -193,6 +203,8 @@ class Sandbox:
             "visible": host.zygote.setup.visible,
         }
         request = {"sandbox": self.id, "folder": str(self.folder), "jail": jail, "bounds": {**BOUNDS, **bounds}}
+        if groups:
+            request["memory"] = cgroup.memory_group(host.hierarchies, self.id)
         self.keeper = host.zygote.fork(request)
 
     def _make_folder(self) -> None:
@@ -343,9 +355,17 @@ class Host:
         self.hierarchies = cgroup.find(f"ashd-test/{os.getpid()}")
         self._sandboxes: list[Sandbox] = []
 
-    def sandbox(self, *, memory: int = 256 * MIB, processes: int = 64, jailed: bool = True, **bounds: float) -> Sandbox:
+    def sandbox(
+        self,
+        *,
+        memory: int = 256 * MIB,
+        processes: int = 64,
+        cpu: int = 400,
+        jailed: bool = True,
+        **bounds: float,
+    ) -> Sandbox:
         """A new sandbox. `jailed=False`: one as on a host that allows neither namespaces nor cgroups."""
-        made = Sandbox(self, bounds=bounds, memory=memory, processes=processes, jailed=jailed)
+        made = Sandbox(self, bounds=bounds, memory=memory, processes=processes, cpu=cpu, jailed=jailed)
         self._sandboxes.append(made)
         return made
 

@@ -12,7 +12,7 @@ import pytest
 
 from ashd.coordinator import agent_yaml
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import DEADLINE_S, Host, Sandbox, until
+from tests.integration.sandboxes import DEADLINE_S, Host, Sandbox, text_of, until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -39,11 +39,6 @@ def data(host: Host) -> Sandbox:
 @pytest.fixture
 def countdown(host: Host) -> Sandbox:
     return example(host, "command-agent")
-
-
-def text_of(records: list[Record]) -> str:
-    messages = [json.loads(record.payload) for record in records if record.type == "assistant"]
-    return "".join(block["text"] for message in messages for block in message["message"]["content"])
 
 
 def result_of(records: list[Record]) -> dict[str, Any]:

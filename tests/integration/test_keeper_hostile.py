@@ -246,6 +246,59 @@ def test_an_agent_can_send_its_supervisor_no_flood_of_timings(host: Host) -> Non
     assert_unharmed(sandbox)
 
 
+# ---------------------------------------------------------------- what is dropped
+
+
+def test_what_a_keeper_drops_is_counted_and_told_once(host: Host) -> None:
+    sandbox = host.agent(HOSTILE, max_log_bytes=4 * KIB)
+    code = """
+for _ in range(7): send(b'?\\n')
+for _ in range(2): send(b'M' * 1_100_000 + b'\\n')
+for _ in range(200): print('x' * 99)
+send(b'?\\n'); drain(); time.sleep(0.1)
+"""
+    records = sandbox.turn(code.replace("\\\\", "\\"))
+    dropped = json.loads(records[-1].payload)["dropped"]
+    assert (dropped["bad_frames"], dropped["oversized_frames"]) == (8, 2)
+    assert dropped["log_lines"] > 100
+    after = json.loads(sandbox.turn("pass")[-1].payload).get("dropped", {})
+    assert not after.keys() & {"bad_frames", "oversized_frames"}
+
+
+def test_the_sessions_log_says_what_was_dropped(hostile: Sandbox) -> None:
+    hostile.turn("send(b'?\\n'); send(b'?\\n')")
+    assert "dropped: 2 bad_frames" in hostile.log_text()
+
+
+def test_deltas_for_which_there_was_no_room_are_counted(hostile: Sandbox) -> None:
+    end = json.loads(hostile.turn(FLOOD)[-1].payload)
+    assert end["dropped"]["deltas"] > 100
+
+
+def test_an_agent_that_makes_events_too_fast_waits_and_loses_none(host: Host) -> None:
+    sandbox = host.agent(HOSTILE, max_events_per_s=100)
+    begun = time.monotonic()
+    records = sandbox.turn("for i in range(750): send(frame(str(i)))")
+    most = 100 * (time.monotonic() - begun + 10)
+    assert texts(records) == [str(i) for i in range(750)]
+    assert len(sandbox.saved()) <= most + 256 * KIB / len('M{"type":"assistant"}')  # and what one read may bring
+    assert time.monotonic() - begun > 4  # 1500 events, of which 1000 may come at once
+
+
+def test_an_agent_made_to_wait_is_heard_when_it_is_asked_to_stop(host: Host) -> None:
+    sandbox = host.agent(
+        "async def turn(message, session):\n"
+        "    while not session.interrupted.is_set():\n"
+        "        yield {'type': 'assistant', 'message': {'content': 'x' * 9000}}\n",
+        max_events_per_s=1,
+        kill_timeout_s=20.0,
+    )
+    sandbox.start_turn("go on")
+    until(lambda: len(sandbox.saved()) > 10, "it has used up what it may make at once")
+    sandbox.interrupt()
+    assert json.loads(sandbox.settled()[-1].payload)["outcome"] == "interrupted"
+
+
 # ---------------------------------------------------------------- floods
 
 

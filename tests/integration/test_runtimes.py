@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, until
+from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, text_of, until
 
 
 def made(host: Host, files: Mapping[str, str], runtime: str, *entry: str, **fields: Any) -> Sandbox:
@@ -22,11 +22,6 @@ def made(host: Host, files: Mapping[str, str], runtime: str, *entry: str, **fiel
 def objects(records: list[Record], type_: str) -> list[dict[str, Any]]:
     found = [json.loads(record.payload) for record in records if record.kind in (Kind.MESSAGE, Kind.DELTA)]
     return [message for message in found if message.get("type") == type_]
-
-
-def text_of(records: list[Record]) -> str:
-    blocks = [block for message in objects(records, "assistant") for block in message["message"]["content"]]
-    return "".join(block["text"] for block in blocks)
 
 
 def deltas_of(records: list[Record]) -> list[str]:

@@ -13,16 +13,7 @@ import pytest
 from sandbox.journal import Position
 from sandbox.ledger import Outcome, reopen
 from sandbox.protocol import Kind, Record
-from tests.integration.sandboxes import (
-    BOUNDS,
-    MIB,
-    Host,
-    Sandbox,
-    Zygote,
-    is_running,
-    status_of,
-    until,
-)
+from tests.integration.sandboxes import BOUNDS, MIB, Host, Sandbox, Zygote, is_running, status_of, text_of, until
 
 HELLO = """
 async def turn(message, session):
@@ -75,12 +66,6 @@ def cause_of(sandbox: Sandbox) -> str:
     assert last.kind is Kind.CLOSED
     cause: str = json.loads(last.payload)["cause"]
     return cause
-
-
-def text_of(records: list[Record]) -> str:
-    """What the agent said in whole messages."""
-    messages = [json.loads(record.payload) for record in records if record.type == "assistant"]
-    return "".join(block["text"] for message in messages for block in message["message"]["content"])
 
 
 # ---------------------------------------------------------------- turns
