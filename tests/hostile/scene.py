@@ -527,7 +527,7 @@ def assert_fails(scene: Scene, runtime: str, name: str) -> Verdict:
         if "none" not in allowed:
             assert verdict.outcome == "completed"
     finally:
-        if verdict.verdict != "denied" or property_of(name, "in_the_agent", False):
+        if verdict.verdict != "denied" or property_of(name, "in_the_agent", False) or property_of(name, "deadly", False):
             scene.dismiss(runtime)  # what it did to itself must not be taken for the next attack's doing
         scene.assert_nobody_noticed()
     return verdict
