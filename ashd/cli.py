@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ashd import __version__
-from ashd.commands import agents, config, fleet, serve, sessions
+from ashd.commands import agents, config, doctor, fleet, serve, sessions
 from ashd.commands.exits import MEANINGS, Exit
 from ashd.errors import AshdError, ConfigError
 from ashd.http_client import ServerRefused, ServerUnreachable
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"ashd {__version__}")
     commands = top.add_subparsers(metavar="command", required=True, title="commands")
-    for group in (serve, agents, sessions, fleet, config):
+    for group in (serve, agents, sessions, fleet, config, doctor):
         group.register(commands)
     return top
 

@@ -18,7 +18,7 @@ class Exit(IntEnum):
 MEANINGS = """\
 exit status:
   0    done
-  1    the request failed; the reason is on stderr
+  1    the request failed, the reason is on stderr; ashd doctor: the host falls short
   2    wrong usage or configuration
   3    no server answers
   4    the server does not accept the key

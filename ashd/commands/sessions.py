@@ -140,6 +140,9 @@ def print_answer(frames: Iterable[Frame]) -> bool:
             print(f"[{printable(str(frame.data.get('name')))}]", file=sys.stderr)
         elif frame.event == "error":
             print(f"error: {printable(frame.data['error'])}", file=sys.stderr)
+        elif frame.event == "lifecycle":
+            told = " ".join(f"{name}={value}" for name, value in frame.data.items() if name != "action")
+            print(printable(f"[{frame.data.get('action')}] {told}".strip()).replace("\n", " "), file=sys.stderr)
         elif frame.event == "done":
             outcome = frame.data["outcome"]
         if text:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ashd.config.units import parse_seconds
+from ashd.coordinator import limits
 from ashd.errors import Rejected
 
 FILE = "agent.yaml"
@@ -20,14 +21,10 @@ MAX_BYTES = 64 * 1024
 
 RUNTIMES = ("claude", "python", "command", "echo")
 NETWORKS = ("none", "host")
-LIMITS = ("memoryMb", "cpuPercent", "diskMb", "maxProcesses")
-ENFORCED_LIMITS = ("memoryMb", "maxProcesses")
-"""SECURITY: what can't be enforced yet is refused, so that nobody relies on it."""
 
 _PYTHON_ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
-_MOST_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -165,20 +162,12 @@ def _env(value: Any) -> dict[str, str]:
 
 
 def _limits(value: Any) -> dict[str, int]:
-    if not isinstance(value, dict) or not set(value) <= set(LIMITS):
-        raise ValueError(f"must be a mapping of {', '.join(LIMITS)}")
+    if not isinstance(value, dict) or not set(value) <= set(limits.NAMES):
+        raise ValueError(f"must be a mapping of {', '.join(limits.NAMES)}")
     for name, number in value.items():
-        if name not in ENFORCED_LIMITS:
-            raise ValueError(f"has {name}, which this version does not enforce yet; leave it out")
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MOST_LIMIT:
-            raise ValueError(f"has {name} that is not a whole number from 1 to {_MOST_LIMIT}")
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= limits.MOST:
+            raise ValueError(f"has {name} that is not a whole number from 1 to {limits.MOST}")
     return value
-
-
-def _network(value: Any) -> str:
-    if _one_of(NETWORKS)(value) == "none":
-        raise ValueError("can't be none yet: this version does not isolate the network; leave it out")
-    return "host"
 
 
 def _milliseconds(value: Any) -> int:
@@ -194,7 +183,7 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "runtime": _one_of(RUNTIMES),
     "entry": _texts,
     "limits": _limits,
-    "network": _network,
+    "network": _one_of(NETWORKS),
     "preload": _modules,
     "env": _env,
     "idle_timeout": _milliseconds,

@@ -69,6 +69,7 @@ def _routes(services: Services) -> list[tuple[str, object]]:
         ("/api/internal/runners/register", internal.RunnerRegister(services)),
         ("/api/internal/runners/heartbeat", internal.RunnerHeartbeat(services)),
         ("/api/internal/runners/deregister", internal.RunnerDeregister(services)),
+        ("/api/internal/runners/{runner_id}/sandboxes", internal.RunnerSandboxes(services)),
     ]
 
 

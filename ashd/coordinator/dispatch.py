@@ -18,13 +18,14 @@ from grpc import aio
 
 from ashd import log
 from ashd.config.schema import CoordinatorConfig
-from ashd.coordinator import metrics
+from ashd.coordinator import limits, metrics
 from ashd.coordinator.background import Background
 from ashd.coordinator.fleet import Fleet
 from ashd.coordinator.runner_stream import RunnerStream
+from ashd.domain.isolation import LEVELS
 from ashd.domain.restart import Backoff
 from ashd.errors import AshdError, Conflict, Fault, NotFound, Rejected, Unavailable
-from ashd.store import sessions, turns
+from ashd.store import runners, sessions, turns
 from ashd.store.pool import Database
 from ashd.wire.status import NOT_HERE, STALE, error_of
 from ashd.wire.v1 import runner_pb2
@@ -34,6 +35,9 @@ _log = log.get(__name__)
 _END_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 5.0
 _LAUNCH_PATIENCE_S = 30.0
+
+_NETWORK_OF = {"claude": "host"}
+"""Runtimes that can't work without; an agent's own word wins, and the others get the runner's default."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,15 @@ class Dispatcher:
         return outcome
 
     async def _start(self, session: sessions.Session) -> sessions.Session:
-        refused: list[str] = []
+        refused: dict[str, str] = {}
         answer = None
         while answer is None:
             try:
                 answer = await self._ask_to_start(session)
             except Unavailable as error:  # full, draining or not answering: the next one
-                refused.append(session.runner_id or "")
+                refused[session.runner_id or ""] = error.message
                 _log.info("runner can't take a session", session=session.id, runner=session.runner_id, code=error.code)
-                session = await self._move(session, refused, error)
+                session = await self._move(session, refused)
             except Fault as fault:
                 await sessions.fail_start(self._db, session.id, session.epoch, fault.message)
                 raise
@@ -92,26 +96,30 @@ class Dispatcher:
             except AshdError as error:
                 await sessions.fail_start(self._db, session.id, session.epoch, error.message)
                 raise Rejected(f"The agent could not be started: {error.message}", code=error.code) from None
-        active = await sessions.activate(self._db, session.id, session.epoch, answer.sandbox_id)
+        active = await sessions.activate(
+            self._db,
+            session.id,
+            session.epoch,
+            answer.sandbox_id,
+            isolation=answer.isolation if answer.isolation in LEVELS else None,
+            effective_limits=json.dumps(limits.from_wire(answer.limits)) if answer.HasField("limits") else None,
+        )
         if active is None:
             await self._tell_to_end(session.id, session.epoch, session.runner_address)
             raise Conflict("The session was ended while it was being started", code="session.ended")
         return active
 
-    async def _move(self, session: sessions.Session, refused: list[str], last: Unavailable) -> sessions.Session:
-        """The session, placed on another runner. Raises Unavailable, with the reason of the `last` one that refused."""
+    async def _move(self, session: sessions.Session, refused: dict[str, str]) -> sessions.Session:
         try:
             return await sessions.move(
-                self._db, session.id, session.epoch, dead_after_s=self._config.runner_dead_after, exclude=refused
+                self._db, session.id, session.epoch, dead_after_s=self._config.runner_dead_after, refused=refused
             )
         except Unavailable as error:
-            why = f"{error.message} (the last runner asked: {last.message})"
-            await sessions.fail_start(self._db, session.id, session.epoch, why)
-            raise Unavailable(why, code=error.code, retry_after_s=error.retry_after_s) from None
+            await sessions.fail_start(self._db, session.id, session.epoch, error.message)
+            raise
 
     async def _ask_to_start(self, session: sessions.Session) -> runner_pb2.StartSessionResponse:
         spec = json.loads(session.agent_spec)
-        limits = {**spec.get("limits", {}), **json.loads(session.limits)}
         request = runner_pb2.StartSessionRequest(
             session_id=session.id,
             epoch=session.epoch,
@@ -120,12 +128,11 @@ class Dispatcher:
             runtime=spec["runtime"],
             entry=spec.get("entry", []),
             env=session.environment(),
-            limits=runner_pb2.Limits(
-                memory_bytes=int(limits.get("memoryMb", 0)) * 1024 * 1024, processes=int(limits.get("maxProcesses", 0))
-            ),
+            limits=limits.to_wire({**spec.get("limits", {}), **json.loads(session.limits)}),
             settings_json=_settings_of(session),
             last_seq=session.last_seq,
             turns=session.turn_count,
+            network=spec.get("network") or _NETWORK_OF.get(spec["runtime"], ""),
         )
         runner = self._fleet.runner(session.runner_address)
         try:
@@ -150,6 +157,17 @@ class Dispatcher:
         except aio.AioRpcError as failed:
             metrics.runner_failed("EndSession", failed.code())
             _log.info("runner was not told of a session's end", session=session, error=failed.details())
+
+    async def sandboxes_of(self, runner: runners.Runner) -> list[runner_pb2.Sandbox]:
+        """What the runner's sandboxes are and use. Raises Unavailable when it does not answer."""
+        try:
+            response = await self._fleet.runner(runner.address).ListSandboxes(
+                runner_pb2.ListSandboxesRequest(), metadata=self._fleet.metadata, timeout=_ANSWER_TIMEOUT_S
+            )
+        except aio.AioRpcError as failed:
+            metrics.runner_failed("ListSandboxes", failed.code())
+            raise error_of(failed, f"runner {runner.id}") from None
+        return list(response.sandboxes)
 
     # ------------------------------------------------------------ turns
 

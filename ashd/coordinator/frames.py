@@ -67,7 +67,7 @@ def dump(value: Any) -> bytes:
 class Frames:
     """Turns events, in order, into the frames behind one client's cursor.
 
-    `whole` streams (attach) also show what the user said and what became of the sandbox.
+    `whole` streams (attach) also show what the user said and the sandbox's end.
     """
 
     def __init__(self, session: str, after: Cursor, *, whole: bool) -> None:
@@ -124,7 +124,7 @@ class Frames:
         elif event.kind is EventKind.TIMELINE and event.type == "error":
             why = json.loads(event.payload)
             yield here, "error", dump({"error": why.get("error"), "code": why.get("code"), "retryable": False})
-        elif event.kind is EventKind.CLOSED and self._whole:
+        elif event.type == "lifecycle" and (event.kind is EventKind.TIMELINE or self._whole):
             yield here, "lifecycle", event.payload
 
     def _of_delta(self, event: Shown) -> Iterator[tuple[tuple[int, int], str, bytes]]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from falcon.asgi import Request, Response
 
 from ashd.coordinator import shapes
-from ashd.coordinator.registry import RUNNER_ID
+from ashd.coordinator.registry import RUNNER_ID, counters, reason
 from ashd.coordinator.request import Fields, json_object
 from ashd.coordinator.services import Services
-from ashd.errors import NotFound
+from ashd.domain.isolation import LEVELS
 from ashd.store import coordinators, runners
 
 _MOST = 2**31 - 1
+_MOST_COUNTED = 2**53
+_MOST_ENFORCED = 64
+_MIB = 1024 * 1024
 
 
 class Registry:
@@ -55,6 +60,8 @@ class RunnerRegister:
             port=port,
             address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
             max_sandboxes=_required_integer(body, "maxSandboxes", 0, _MOST),
+            isolation=body.choice("isolation", LEVELS) or "",
+            enforced=[reason(word) for word in body.texts("enforced", most=_MOST_ENFORCED) or []],
         )
         await runners.register(self._services.db, runner)
         resp.media = {"ok": True}
@@ -77,10 +84,43 @@ class RunnerHeartbeat:
             warm=stats.integer("warm", 0, _MOST) or 0,
             running=running,
             waiting=max(active - running, 0),
+            refusing=reason(body.text("refusing", most=1000) or ""),
+            **_usage(Fields(body.mapping("usage") or {}, "usage.")),
+            orphans=_counters(body, "orphans"),
+            kills=_counters(body, "kills"),
         )
         if not await runners.heartbeat(self._services.db, runner_id, report):
-            raise NotFound("Runner not found; register again", code="runner.not_found")
+            raise runners.not_found()
         resp.media = {"ok": True}
+
+
+def _usage(usage: Fields) -> dict[str, Any]:
+    return {
+        "pss_bytes": round((usage.number("pssMb", 0, _MOST) or 0) * _MIB),
+        "cpu_seconds": float(usage.number("cpuSeconds", 0, 1e12) or 0),
+        "processes": usage.integer("processes", 0, _MOST) or 0,
+        "descriptors": usage.integer("descriptors", 0, _MOST) or 0,
+        "disk_bytes": round((usage.number("diskMb", 0, _MOST) or 0) * _MIB),
+    }
+
+
+def _counters(body: Fields, name: str) -> dict[str, int]:
+    counts = Fields(body.mapping(name) or {}, f"{name}.")
+    return counters({word: counts.integer(word, 0, _MOST_COUNTED) or 0 for word in counts.values})
+
+
+class RunnerSandboxes:
+    """/api/internal/runners/:id/sandboxes: asked of the runner itself."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def on_get(self, req: Request, resp: Response, runner_id: str) -> None:
+        if not RUNNER_ID.fullmatch(runner_id):
+            raise runners.not_found()
+        runner = await runners.get(self._services.db, runner_id, self._services.config.runner_dead_after)
+        sandboxes = await self._services.dispatch.sandboxes_of(runner)
+        resp.media = {"sandboxes": [shapes.sandbox(one) for one in sandboxes]}
 
 
 class RunnerDeregister:

@@ -16,12 +16,13 @@ from collections.abc import Iterable
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from ashd.coordinator.services import Services
 from ashd.coordinator.slots import FOLDER_VARIABLE
+from ashd.store.runners import Runner
 from ashd.wire.v1 import registry_pb2, runner_pb2
 
 _OWN = CollectorRegistry()
@@ -33,6 +34,13 @@ _FIRST_EVENT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 _TURN_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+
+_USED_OF_RUNNERS = {
+    "pss_bytes": "Memory of a runner's sandboxes (PSS: shared pages by their share).",
+    "processes": "Processes in a runner's sandboxes.",
+    "descriptors": "Open descriptors in a runner's sandboxes.",
+    "disk_bytes": "Disk space of a runner's workspaces.",
+}
 
 _UP = Gauge("ash_up", "Workers that answer.", ["coordinator"], multiprocess_mode="livesum", registry=_OWN)
 _UPTIME = Gauge(
@@ -148,6 +156,38 @@ def gauges(name: str, text: str, label: str, values: dict[str, int]) -> Metric:
     for key, value in values.items():
         family.add_metric([key], value)
     return family
+
+
+def of_runners(rows: Iterable[Runner]) -> list[Metric]:
+    """What live runners said of themselves in their last heartbeats; of dead ones nothing is known."""
+    alive = [row for row in rows if row.alive]
+    isolation = GaugeMetricFamily(
+        "ash_runner_isolation", "1 for the level a runner's self-test showed.", labels=["runner", "level"]
+    )
+    refusing = GaugeMetricFamily("ash_runner_refusing", "1 while a runner admits no session.", labels=["runner"])
+    cpu = CounterMetricFamily(
+        "ash_runner_cpu_seconds", "Processor time of sandboxes since the runner started.", labels=["runner"]
+    )
+    orphans = CounterMetricFamily(
+        "ash_runner_orphans", "What was left behind and removed, by kind.", labels=["runner", "kind"]
+    )
+    kills = CounterMetricFamily("ash_runner_kills", "What limits have killed, by cause.", labels=["runner", "cause"])
+    used = {
+        name: GaugeMetricFamily(f"ash_runner_{name}", text, labels=["runner"])
+        for name, text in _USED_OF_RUNNERS.items()
+    }
+    for row in alive:
+        if row.isolation:
+            isolation.add_metric([row.id, row.isolation], 1)
+        refusing.add_metric([row.id], int(row.refusing != ""))
+        cpu.add_metric([row.id], row.used_cpu_seconds)
+        for kind, count in row.orphans.items():
+            orphans.add_metric([row.id, kind], count)
+        for cause, count in row.kills.items():
+            kills.add_metric([row.id, cause], count)
+        for name, family in used.items():
+            family.add_metric([row.id], getattr(row, f"used_{name}"))
+    return [isolation, refusing, cpu, orphans, kills, *used.values()]
 
 
 def exposition(more: Iterable[Metric]) -> bytes:

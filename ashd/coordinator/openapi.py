@@ -10,9 +10,9 @@ import functools
 from typing import Any
 
 from ashd import __version__
-from ashd.coordinator import agents, messages, sessions
-from ashd.coordinator.agent_yaml import ENFORCED_LIMITS
+from ashd.coordinator import agents, limits, messages, sessions
 from ashd.coordinator.registry import RUNNER_ID
+from ashd.domain.isolation import LEVELS
 
 Data = dict[str, Any]
 
@@ -283,6 +283,17 @@ def _fleet() -> Data:
                 body=_json("RunnerDeregistration"),
             )
         ),
+        "/api/internal/runners/{runner_id}/sandboxes": _path(
+            [_in_path("runner_id", _RUNNER_ID)],
+            get=_op(
+                "Fleet",
+                "List a runner's sandboxes",
+                _ok(_object({"sandboxes": _array(_ref("Sandbox"))})),
+                (401, 404, 503),
+                _SECRET,
+                description="The runner itself is asked; 503 when it does not answer.",
+            ),
+        ),
     }
 
 
@@ -355,6 +366,14 @@ def _objects() -> Data:
                 "lastSeq": {**count, "description": "Number of its last saved event."},
                 "openTurnId": _or_null(_UUID),
                 "generation": _or_null({"type": "integer"}),
+                "isolation": {
+                    "enum": [*LEVELS, None],
+                    "description": "How its last sandbox is closed off; null until it had one.",
+                },
+                "limits": {
+                    **_or_null(_LIMITS),
+                    "description": "What its last sandbox may use, all told; null until it had one.",
+                },
             },
             {
                 "model": {"type": "string"},
@@ -415,6 +434,28 @@ def _objects() -> Data:
                 "healthy": {"type": "boolean"},
                 "memory": _object({"totalMb": count, "usedMb": count, "perSandboxMb": {"type": "number"}}),
                 "version": {"type": "string"},
+                "isolation": {"enum": [*LEVELS, None], "description": "What its self-test showed; null: not told."},
+                "enforced": _array({"type": "string", "examples": ["cgroup-memory"]}),
+                "refusing": {**_or_null({"type": "string"}), "description": "Why it admits no session now."},
+                "usage": {**_object(_USAGE), "description": "Of all its sandboxes, as of its last heartbeat."},
+                "orphans": {
+                    **_COUNTERS,
+                    "description": "Removed since it started, by kind.",
+                    "examples": [{"process": 1}],
+                },
+                "kills": {**_COUNTERS, "description": "Since it started, by cause.", "examples": [{"tool_oom": 2}]},
+            }
+        ),
+        "Sandbox": _object(
+            {
+                "sandboxId": _UUID,
+                "sessionId": {**_or_null(_UUID), "description": "null: warm, nobody's."},
+                "epoch": count,
+                "state": {"type": "string", "examples": ["warm", "waiting", "running"]},
+                "isolation": {"enum": [*LEVELS, None]},
+                "limits": _LIMITS,
+                "memoryMb": {**_AMOUNT, "description": "As its cgroup counts it, the kernel's included."},
+                **_USAGE,
             }
         ),
     }
@@ -453,7 +494,10 @@ def _bodies() -> Data:
                 "systemPrompt": {**prompt, "minLength": 0},
                 "mcpServers": {"type": "object", "additionalProperties": _MCP_SERVER},
                 **_SESSION_SETTINGS,
-                "limits": _object({}, {name: _integer(1, most) for name in ENFORCED_LIMITS}),
+                "limits": {
+                    **_object({}, {name: _integer(1, limits.MOST) for name in limits.NAMES}),
+                    "description": "At most the agent's own. The runner caps them by its own; see the session's.",
+                },
                 "labels": _LABELS,
             },
         ),
@@ -483,13 +527,18 @@ def _bodies() -> Data:
                 "host": {"type": "string", "minLength": 1, "maxLength": 255, "examples": ["10.0.0.2"]},
                 "port": _integer(1, 65535),
                 "maxSandboxes": _integer(0, most),
-            }
+            },
+            {"isolation": {"enum": list(LEVELS)}, "enforced": _array({"type": "string"})},
         ),
         "RunnerHeartbeat": _object(
             {"runnerId": _RUNNER_ID},
             {
                 "activeCount": _integer(0, most),
                 "stats": _object({}, {name: _integer(0, most) for name in ("running", "warming", "warm")}),
+                "refusing": {"type": "string", "maxLength": 1000},
+                "usage": _object({}, _USAGE),
+                "orphans": _COUNTERS,
+                "kills": _COUNTERS,
             },
         ),
         "RunnerDeregistration": _object({"runnerId": _RUNNER_ID}),
@@ -511,7 +560,13 @@ def _frames() -> Data:
         "turn_complete": _object({"numTurns": anything, "result": anything}),
         "message": {"type": "object", "description": "The agent's message, untouched."},
         "user_message": _object({"turnId": _UUID, "content": anything}),
-        "lifecycle": _object({"action": text}, {"cause": anything}),
+        "lifecycle": {
+            "type": "object",
+            "required": ["action"],
+            "properties": {"action": text},
+            "description": "What happened to the sandbox: `memory_warning`, `memory_kill`, …; `sandbox_closed` on "
+            "attached streams only.",
+        },
         "error": _object({"error": anything, "code": anything, "retryable": {"type": "boolean"}}),
         "reset": _object({"cursor": text}),
         "done": _object({**turn, "outcome": _OUTCOME, "lastSeq": {"type": "integer", "minimum": 0}}),
@@ -528,8 +583,17 @@ _UUID: Data = {"type": "string", "format": "uuid"}
 _TIME: Data = {"type": "string", "format": "date-time", "examples": ["2026-01-31T12:00:00.000Z"]}
 _TEXT: Data = {"text/plain": {"schema": {"type": "string"}}}
 _POSTED = (400, 401, 413, 415, 503)
+_USAGE: Data = {
+    "pssMb": {"type": "number", "minimum": 0},
+    "cpuSeconds": {"type": "number", "minimum": 0},
+    "processes": {"type": "integer", "minimum": 0},
+    "descriptors": {"type": "integer", "minimum": 0},
+    "diskMb": {"type": "number", "minimum": 0},
+}
 _AGENT_NAME: Data = {"type": "string", "pattern": f"^{agents.NAME.pattern}$", "examples": ["hello"]}
 _RUNNER_ID: Data = {"type": "string", "pattern": f"^{RUNNER_ID.pattern}$", "examples": ["runner-1"]}
+_AMOUNT: Data = {"type": "number", "minimum": 0}
+_COUNTERS: Data = {"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}}
 _MODEL: Data = {"type": "string", "maxLength": 100}
 _OUTCOME: Data = {"enum": ["completed", "interrupted", "failed", "lost", "oom", "timeout"]}
 _TEXTS: Data = {"type": "array", "items": {"type": "string"}, "maxItems": 1000}
@@ -643,6 +707,7 @@ def _in_path(name: str, schema: Data) -> Data:
 
 
 _NAME = _in_path("name", _AGENT_NAME)
+_LIMITS = _object({}, dict.fromkeys(limits.NAMES, _AMOUNT))
 _SESSION = _in_path("session_id", _UUID)
 _LIMIT = _query("limit", _integer(1, 1000, default=100), "At most so many.")
 _IDEMPOTENCY_KEY = _header(

@@ -7,8 +7,9 @@ Covers: Register, Heartbeat, Record, Deregister, FetchBundle, in the wire's word
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NoReturn
 
 from grpc import aio
@@ -16,6 +17,7 @@ from grpc import aio
 from ashd import log
 from ashd.coordinator import metrics
 from ashd.coordinator.record import record
+from ashd.domain.isolation import LEVELS
 from ashd.errors import AshdError, NotFound, Rejected
 from ashd.store import bundles, runners
 from ashd.store.events import Lease
@@ -25,6 +27,10 @@ from ashd.wire.v1 import registry_pb2, registry_pb2_grpc
 
 _log = log.get(__name__)
 RUNNER_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
+
+_REASON_LENGTH = 200
+_WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_MOST_WORDS = 16
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -129,12 +135,13 @@ def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registrat
         address=request.address or f"{request.host}:{request.port}",
         max_sandboxes=request.max_sandboxes,
         version=request.version,
+        isolation=request.isolation if request.isolation in LEVELS else "",
         enforced=list(request.enforced),
     )
 
 
 def _report_of(request: registry_pb2.HeartbeatRequest) -> runners.Report:
-    counts, memory = request.counts, request.memory
+    counts, memory, usage = request.counts, request.memory, request.usage
     return runners.Report(
         warming=counts.warming,
         warm=counts.warm,
@@ -146,7 +153,26 @@ def _report_of(request: registry_pb2.HeartbeatRequest) -> runners.Report:
         memory_used=memory.used_bytes,
         memory_per_sandbox=memory.per_sandbox_bytes,
         draining=request.draining,
+        refusing=reason(request.refusing),
+        pss_bytes=usage.pss_bytes,
+        cpu_seconds=usage.cpu_seconds if math.isfinite(usage.cpu_seconds) else 0.0,
+        processes=usage.processes,
+        descriptors=usage.descriptors,
+        disk_bytes=usage.disk_bytes,
+        orphans=counters(request.orphans),
+        kills=counters(request.kills),
     )
+
+
+def reason(text: str) -> str:
+    """A runner's reason as it may be stored and shown: one line, not long."""
+    return "".join(char for char in text if char.isprintable())[:_REASON_LENGTH]
+
+
+def counters(counts: Mapping[str, int]) -> dict[str, int]:
+    """A runner's counts by kind. SECURITY: they become labels of metrics, so what is no short word is left out."""
+    words = {word: count for word, count in counts.items() if _WORD.fullmatch(word) and count >= 0}
+    return dict(sorted(words.items())[:_MOST_WORDS])
 
 
 def _leases_of(leases: Any) -> list[Lease]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 from falcon.asgi import Request, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -106,7 +107,7 @@ class Metrics:
     def __init__(self, services: Services, totals: FleetTotals) -> None:
         self._services = services
         self._totals = totals
-        self._runners = dict.fromkeys(("healthy", "draining", "dead"), 0)
+        self._runners: list[runners.Runner] = []
         self._text = b""
         self._made_at = -_REMEMBER_S
         self._making = asyncio.Lock()
@@ -124,22 +125,22 @@ class Metrics:
 
     async def _fleet(self) -> list[Metric]:
         total = await self._totals.get()
-        await self._count_runners()
+        await self._look_at_runners()
+        health = Counter({"healthy": 0, "draining": 0, "dead": 0})
+        health.update("dead" if not row.alive else "draining" if row.draining else "healthy" for row in self._runners)
         states = {state: getattr(total, state) for state in ("warming", "warm", "running", "waiting")}
         return [
             metrics.gauge("ash_active_sessions", "Sessions with a live sandbox.", total.running + total.waiting),
             metrics.gauge("ash_active_sandboxes", "Slots taken on live runners.", total.active),
             metrics.gauges("ash_pool_sandboxes", "Sandboxes by state.", "state", states),
             metrics.gauge("ash_pool_max_capacity", "Slots of live runners.", total.max_sandboxes),
-            metrics.gauges("ash_runners", "Runners by health.", "health", self._runners),
+            metrics.gauges("ash_runners", "Runners by health.", "health", health),
+            *metrics.of_runners(self._runners),
         ]
 
-    async def _count_runners(self) -> None:
+    async def _look_at_runners(self) -> None:
         dead_after_s, deadline = self._services.config.runner_dead_after, time.monotonic() + _DATABASE_TIMEOUT_S
         try:
-            rows = await runners.list_all(self._services.db, dead_after_s, deadline=deadline)
+            self._runners = await runners.list_all(self._services.db, dead_after_s, deadline=deadline)
         except Unavailable:
-            return  # the last known ones; said by /ready
-        self._runners = dict.fromkeys(self._runners, 0)
-        for row in rows:
-            self._runners["dead" if not row.alive else "draining" if row.draining else "healthy"] += 1
+            pass  # the last known ones; said by /ready

@@ -8,8 +8,9 @@ from typing import Protocol
 from falcon.asgi import Request, Response
 
 from ashd.config.schema import CoordinatorConfig
-from ashd.store import sessions, turns
+from ashd.store import runners, sessions, turns
 from ashd.store.pool import Database
+from ashd.wire.v1 import runner_pb2
 
 
 class Dispatch(Protocol):
@@ -27,6 +28,10 @@ class Dispatch(Protocol):
     async def end_session(self, ended: sessions.Ended) -> None:
         """Have the runner end the sandbox the session had. A runner that doesn't answer is no error: its next
         inventory is compared with the database."""
+        ...
+
+    async def sandboxes_of(self, runner: runners.Runner) -> list[runner_pb2.Sandbox]:
+        """What the runner's sandboxes are and use. Raises Unavailable when it does not answer."""
         ...
 
 

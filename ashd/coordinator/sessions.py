@@ -9,8 +9,7 @@ from typing import Any
 
 from falcon.asgi import Request, Response
 
-from ashd.coordinator import problems, shapes
-from ashd.coordinator.agent_yaml import ENFORCED_LIMITS, LIMITS
+from ashd.coordinator import limits, problems, shapes
 from ashd.coordinator.auth import tenant_of
 from ashd.coordinator.request import (
     Fields,
@@ -31,7 +30,6 @@ PERMISSION_MODES = ("bypassPermissions", "permissionsByAgent", "default")
 
 _LABEL = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 _MOST_LABELS = 64
-_MOST_LIMIT = 2**31 - 1
 _MAX_SYSTEM_PROMPT = 1_000_000
 _SERVER_KEYS = ("url", "command", "args", "env")
 
@@ -74,7 +72,7 @@ class Sessions:
         agent = await agents.get(self._services.db, new.tenant_id, new.agent_name)
         most = json.loads(agent.spec).get("limits", {})
         for name, value in json.loads(new.limits).items():
-            if value > most.get(name, _MOST_LIMIT):
+            if value > most.get(name, limits.MOST):
                 raise Rejected(f"limits.{name} must be at most the agent's {most[name]}", code="request.invalid")
 
 
@@ -156,11 +154,8 @@ def _mcp_servers(body: Fields) -> dict[str, Any] | None:
 
 def _limits(body: Fields) -> dict[str, int]:
     fields = Fields(body.mapping("limits") or {}, "limits.")
-    limits = {name: fields.integer(name, 1, _MOST_LIMIT) for name in LIMITS}
-    for name, value in limits.items():
-        if value is not None and name not in ENFORCED_LIMITS:
-            fields.refuse(name, "is not enforced by this version yet; leave it out")
-    return {name: value for name, value in limits.items() if value is not None}
+    asked = {name: fields.integer(name, 1, limits.MOST) for name in limits.NAMES}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _labels(body: Fields) -> dict[str, str]:

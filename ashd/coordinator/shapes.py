@@ -6,11 +6,13 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from ashd.coordinator import limits
 from ashd.store.agents import Agent
 from ashd.store.events import Event
 from ashd.store.runners import Runner
 from ashd.store.sessions import Session
 from ashd.store.turns import Turn
+from ashd.wire.v1 import runner_pb2
 
 # SECURITY: of a session's settings only these are shown; mcpServers and systemPrompt may hold secrets.
 _SHOWN_SETTINGS = ("permissionMode", "allowedTools", "disallowedTools", "betas", "subagents", "initialAgent")
@@ -60,6 +62,8 @@ def session(row: Session) -> dict[str, Any]:
         "lastSeq": row.last_seq,
         "openTurnId": row.open_turn_id,
         "generation": row.generation,
+        "isolation": row.isolation,
+        "limits": None if row.effective_limits is None else json.loads(row.effective_limits),
     }
     if row.model is not None:
         shape["model"] = row.model
@@ -136,7 +140,41 @@ def runner(row: Runner) -> dict[str, Any]:
         "memory": {
             "totalMb": row.memory_total_bytes // _MIB,
             "usedMb": row.memory_used_bytes // _MIB,
-            "perSandboxMb": round(row.memory_per_sandbox_bytes / _MIB, 2),
+            "perSandboxMb": _mib(row.memory_per_sandbox_bytes),
         },
         "version": row.version,
+        "isolation": row.isolation or None,
+        "enforced": row.enforced,
+        "refusing": row.refusing or None,
+        "usage": {
+            "pssMb": _mib(row.used_pss_bytes),
+            "cpuSeconds": round(row.used_cpu_seconds, 2),
+            "processes": row.used_processes,
+            "descriptors": row.used_descriptors,
+            "diskMb": _mib(row.used_disk_bytes),
+        },
+        "orphans": row.orphans,
+        "kills": row.kills,
     }
+
+
+def sandbox(one: runner_pb2.Sandbox) -> dict[str, Any]:
+    """A sandbox of a runner, as the runner tells it; `sessionId` null: warm, nobody's."""
+    return {
+        "sandboxId": one.sandbox_id,
+        "sessionId": one.session_id or None,
+        "epoch": one.epoch,
+        "state": one.state,
+        "isolation": one.isolation or None,
+        "limits": limits.from_wire(one.limits),
+        "pssMb": _mib(one.pss_bytes),
+        "memoryMb": _mib(one.memory_bytes),
+        "cpuSeconds": round(one.cpu_seconds, 2),
+        "processes": one.processes,
+        "descriptors": one.descriptors,
+        "diskMb": _mib(one.disk_bytes),
+    }
+
+
+def _mib(size_bytes: int) -> float:
+    return round(size_bytes / _MIB, 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ashd import log
-from ashd.config.schema import RunnerConfig
+from ashd.config.schema import RunnerConfig, SandboxLimits
 from ashd.errors import SandboxFailed, Unavailable
 from ashd.runner import cgroup, selftest, workspace
 from ashd.runner.orphans import collect_orphans
@@ -185,20 +185,17 @@ class SandboxHost:
             "memory": cgroup.memory_group(self._hierarchies, sandbox.id),
         }
 
-    def limit(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> None:
-        """An agent's or session's own limits (0 = none), which only go down from the runner's. Raises OSError."""
-        most = self._config.limits
-        memory = min(memory_bytes or most.memory, most.memory)
-        processes = min(processes or most.processes, most.processes)
-        if (memory, processes) != (most.memory, most.processes):
-            cgroup.create(self._hierarchies, sandbox.id, memory, processes, most.cpu_percent)
+    def limit(self, sandbox: SandboxTask, limits: SandboxLimits) -> None:
+        """Gives a sandbox the limits of its session, where they aren't the runner's own. Raises OSError."""
+        if limits != sandbox.limits:
+            cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
+        sandbox.limits = limits
 
-    def rlimits(self, sandbox: SandboxTask, memory_bytes: int, processes: int) -> dict[str, int]:
-        """The limits of each process of a sandbox, by the names of getrlimit(2); 0 = the runner's own."""
-        most = self._config.limits
+    def rlimits(self, sandbox: SandboxTask, limits: SandboxLimits) -> dict[str, int]:
+        """The limits of each process of a sandbox, by the names of getrlimit(2)."""
         rlimits = {
-            "NOFILE": most.open_files,
-            "FSIZE": most.file_size,
+            "NOFILE": limits.open_files,
+            "FSIZE": limits.file_size,
             "CORE": 0,
             "MEMLOCK": _LOCKED_BYTES,
             "MSGQUEUE": 0,
@@ -207,9 +204,9 @@ class SandboxHost:
             "NICE": 0,
         }
         if sandbox.uid is not None:  # counted per user id: only right where the sandbox has its own
-            rlimits["NPROC"] = min(processes or most.processes, most.processes)
+            rlimits["NPROC"] = limits.processes
         if "cgroup-memory" not in self.enforced:  # the last resort: per process, not per sandbox
-            rlimits["DATA"] = min(memory_bytes or most.memory, most.memory)
+            rlimits["DATA"] = limits.memory
         return rlimits
 
     async def end_processes(self, sandbox: SandboxTask) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ashd.config.schema import RunnerConfig
+from ashd.domain.isolation import reaches
 from ashd.errors import ConfigError
 from ashd.runner.zygote_process import command, interpreter_folders
 from sandbox import landlock
@@ -42,7 +43,12 @@ class Report:
     @property
     def is_enough(self) -> bool:
         """Whether the configured level is reached."""
-        return self.level in _LEVELS[self.wanted]
+        return reaches(self.level, self.wanted)
+
+    @property
+    def lacking(self) -> list[str]:
+        """What kept a higher level from being reached."""
+        return [f"{one.name}: {one.detail}" for one in self.missed]
 
     def demand(self) -> None:
         """Raises ConfigError, with what the host lacks and how to get it, where the level isn't the configured one."""

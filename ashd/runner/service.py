@@ -45,6 +45,7 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             warm=sandbox.was_warm,
             enforced=sandbox.enforced,
             isolation=sandbox.isolation,
+            limits=None if sandbox.limits is None else _limits(sandbox.limits),
         )
 
     async def StartTurn(

@@ -257,11 +257,11 @@ class Supervisor:
         self._room_changed()
         steps.done("take")
         try:
-            self._host.limit(sandbox, claim.memory_bytes, claim.processes)
-            sandbox.limits = self._limits_of(claim)
+            limits = self._limits_of(claim)
+            self._host.limit(sandbox, limits)
             await asyncio.to_thread(workspace.lay_out, bundle, sandbox.workspace, sandbox.uid)
             steps.done("workspace")
-            await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim))
+            await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim, limits))
         except OSError as error:
             self._tell_to_end(sandbox, "not_loaded")
             raise SandboxFailed(f"the workspace could not be made: {error}", code="workspace.failed") from error
@@ -285,7 +285,7 @@ class Supervisor:
             disk=Bytes(min(claim.disk_bytes or most.disk, most.disk)),
         )
 
-    def _claim_fields(self, sandbox: SandboxTask, claim: Claim) -> dict[str, Any]:
+    def _claim_fields(self, sandbox: SandboxTask, claim: Claim, limits: SandboxLimits) -> dict[str, Any]:
         return {
             "session": claim.session,
             "epoch": claim.epoch,
@@ -303,7 +303,7 @@ class Supervisor:
                 "timing": self._config.debug_timing,
                 "real_sdk": self._config.real_sdk,
                 "network": claim.network or self._network_of(claim.runtime),
-                "rlimits": self._host.rlimits(sandbox, claim.memory_bytes, claim.processes),
+                "rlimits": self._host.rlimits(sandbox, limits),
             },
         }
 

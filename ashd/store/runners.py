@@ -7,11 +7,13 @@ Leaves out: choosing a runner for a session (placement.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from ashd.errors import NotFound
 from ashd.store.events import Lease, Recorded
 from ashd.store.pool import Database, Tx
 from ashd.store.takeover import Taken, take_over
@@ -21,15 +23,15 @@ TAKE_AT_ONCE = 500
 
 # Slots: what the database believes, until the first heartbeat tells better.
 REGISTER = """
-INSERT INTO runners (id, host, port, address, version, enforced, max_sandboxes, active)
+INSERT INTO runners (id, host, port, address, version, isolation, enforced, max_sandboxes, active)
 VALUES (
-    %(id)s, %(host)s, %(port)s, %(address)s, %(version)s, %(enforced)s, %(max_sandboxes)s,
+    %(id)s, %(host)s, %(port)s, %(address)s, %(version)s, %(isolation)s, %(enforced)s, %(max_sandboxes)s,
     (SELECT count(*) FROM sessions WHERE runner_id = %(id)s)
 )
 ON CONFLICT (id) DO UPDATE SET
     host = excluded.host, port = excluded.port, address = excluded.address, version = excluded.version,
-    enforced = excluded.enforced, max_sandboxes = excluded.max_sandboxes, active = excluded.active,
-    draining = false, registered_at = now(), last_heartbeat_at = now()
+    isolation = excluded.isolation, enforced = excluded.enforced, max_sandboxes = excluded.max_sandboxes,
+    active = excluded.active, draining = false, refusing = '', registered_at = now(), last_heartbeat_at = now()
 """
 
 OWNED = """
@@ -47,19 +49,25 @@ UPDATE runners SET
     warming = %(warming)s, warm = %(warm)s, running = %(running)s, waiting = %(waiting)s,
     warm_hits = %(warm_hits)s, cold_starts = %(cold_starts)s,
     memory_total_bytes = %(memory_total)s, memory_used_bytes = %(memory_used)s,
-    memory_per_sandbox_bytes = %(memory_per_sandbox)s, draining = %(draining)s
+    memory_per_sandbox_bytes = %(memory_per_sandbox)s, draining = %(draining)s, refusing = %(refusing)s,
+    used_pss_bytes = %(pss_bytes)s, used_cpu_seconds = %(cpu_seconds)s, used_processes = %(processes)s,
+    used_descriptors = %(descriptors)s, used_disk_bytes = %(disk_bytes)s,
+    orphans = %(orphans)s::jsonb, kills = %(kills)s::jsonb
 WHERE id = %(id)s
 """
 
 COLUMNS = """
-    r.id, r.host, r.port, r.address, r.version, r.enforced, r.max_sandboxes, r.active, r.warming, r.warm, r.running,
-    r.waiting, r.paused, r.warm_hits, r.cold_starts, r.memory_total_bytes, r.memory_used_bytes,
-    r.memory_per_sandbox_bytes, r.draining, r.registered_at, r.last_heartbeat_at
+    r.id, r.host, r.port, r.address, r.version, r.isolation, r.enforced, r.max_sandboxes, r.active, r.warming, r.warm,
+    r.running, r.waiting, r.paused, r.warm_hits, r.cold_starts, r.memory_total_bytes, r.memory_used_bytes,
+    r.memory_per_sandbox_bytes, r.draining, r.registered_at, r.last_heartbeat_at, r.refusing, r.used_pss_bytes,
+    r.used_cpu_seconds, r.used_processes, r.used_descriptors, r.used_disk_bytes, r.orphans, r.kills
 """
-LIST = f"""
+ALL = f"""
 SELECT {COLUMNS}, r.last_heartbeat_at > now() - %(dead_after_s)s::float8 * interval '1 second' AS alive
-FROM runners AS r ORDER BY r.id
+FROM runners AS r
 """
+LIST = f"{ALL} ORDER BY r.id"
+GET = f"{ALL} WHERE r.id = %(id)s"
 TOTALS = """
 SELECT count(*) AS runners,
     coalesce(sum(r.active), 0)::bigint AS active, coalesce(sum(r.warming), 0)::bigint AS warming,
@@ -102,12 +110,15 @@ class Registration:
     address: str
     max_sandboxes: int
     version: str = ""
+    isolation: str = ""
     enforced: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a heartbeat says: sandboxes by state, starts since the runner came up, memory."""
+    """What a heartbeat says: sandboxes by state, starts since the runner came up, memory; what all sandboxes use
+    together; what was removed and killed since the runner came up, by kind and by cause.
+    """
 
     warming: int = 0
     warm: int = 0
@@ -119,6 +130,15 @@ class Report:
     memory_used: int = 0
     memory_per_sandbox: int = 0
     draining: bool = False
+    refusing: str = ""
+    """Why no session is admitted now; empty = they are."""
+    pss_bytes: int = 0
+    cpu_seconds: float = 0.0
+    processes: int = 0
+    descriptors: int = 0
+    disk_bytes: int = 0
+    orphans: Mapping[str, int] = field(default_factory=dict)
+    kills: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,7 @@ class Runner:
     port: int
     address: str
     version: str
+    isolation: str
     enforced: list[str]
     max_sandboxes: int
     active: int
@@ -146,6 +167,14 @@ class Runner:
     draining: bool
     registered_at: datetime
     last_heartbeat_at: datetime
+    refusing: str
+    used_pss_bytes: int
+    used_cpu_seconds: float
+    used_processes: int
+    used_descriptors: int
+    used_disk_bytes: int
+    orphans: dict[str, int]
+    kills: dict[str, int]
     alive: bool
 
 
@@ -192,6 +221,7 @@ async def register(
         "port": runner.port,
         "address": runner.address,
         "version": runner.version,
+        "isolation": runner.isolation,
         "enforced": list(runner.enforced),
         "max_sandboxes": runner.max_sandboxes,
     }
@@ -202,7 +232,8 @@ async def register(
 
 async def heartbeat(db: Database, runner_id: str, report: Report, *, deadline: float | None = None) -> bool:
     """Note that the runner lives and how it is; False when it is unknown and has to register again."""
-    params = {**vars(report), "id": runner_id}
+    counts = {"orphans": json.dumps(dict(report.orphans)), "kills": json.dumps(dict(report.kills))}
+    params = {**vars(report), **counts, "id": runner_id}
     return await db.execute(HEARTBEAT, params, deadline=deadline) == 1
 
 
@@ -249,6 +280,19 @@ async def forget_silent(db: Database, age_s: float, *, deadline: float | None = 
 async def list_all(db: Database, dead_after_s: float, *, deadline: float | None = None) -> list[Runner]:
     """All runners by id, the dead ones too."""
     return await db.fetch_all(Runner, LIST, {"dead_after_s": dead_after_s}, deadline=deadline)
+
+
+async def get(db: Database, runner_id: str, dead_after_s: float, *, deadline: float | None = None) -> Runner:
+    """The runner of this id. Raises NotFound."""
+    runner = await db.fetch_one(Runner, GET, {"id": runner_id, "dead_after_s": dead_after_s}, deadline=deadline)
+    if runner is None:
+        raise not_found()
+    return runner
+
+
+def not_found() -> NotFound:
+    """The error for a runner that has not registered, or has left."""
+    return NotFound("Runner not found; register again", code="runner.not_found")
 
 
 async def totals(db: Database, dead_after_s: float, *, deadline: float | None = None) -> Totals:

@@ -9,7 +9,7 @@ Leaves out: turns (turns.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -25,7 +25,7 @@ COLUMNS = """
     s.id, s.tenant_id, s.agent_id, s.agent_name, s.status, s.status_cause, s.epoch, s.runner_id, s.sandbox_id,
     s.parent_session_id, s.model, s.settings, s.env, s.limits, s.labels, s.bundle_digest, s.agent_spec, s.agent_env,
     s.turn_timeout_ms, s.last_seq, s.turn_count, s.open_turn_id, s.generation, s.idempotency_key, s.request_hash,
-    s.created_at, s.last_active_at, s.ended_at,
+    s.created_at, s.last_active_at, s.ended_at, s.isolation, s.effective_limits,
     (SELECT r.address FROM runners AS r WHERE r.id = s.runner_id) AS runner_address
 """
 
@@ -81,7 +81,9 @@ RETURNING {COLUMNS}
 """
 
 ACTIVATE = f"""
-UPDATE sessions AS s SET status = 'active', status_cause = NULL, sandbox_id = %(sandbox)s, last_active_at = now()
+UPDATE sessions AS s SET
+    status = 'active', status_cause = NULL, sandbox_id = %(sandbox)s, isolation = %(isolation)s,
+    effective_limits = %(effective_limits)s, last_active_at = now()
 WHERE s.id = %(id)s AND s.epoch = %(epoch)s
     AND (s.status = 'starting' OR (s.status = 'active' AND s.sandbox_id = %(sandbox)s))
 RETURNING {COLUMNS}
@@ -127,7 +129,7 @@ WHERE idempotency_key IS NOT NULL AND created_at < now() - %(age_s)s::float8 * i
 
 @dataclass(frozen=True)
 class Session:
-    """A row of sessions, and the address of its runner. `settings`, `env`, `limits`, `agent_*` are JSON texts."""
+    """A row of sessions, and the address of its runner. `settings`, `env`, `*limits`, `agent_*` are JSON texts."""
 
     id: str
     tenant_id: str
@@ -157,6 +159,8 @@ class Session:
     created_at: datetime
     last_active_at: datetime
     ended_at: datetime | None
+    isolation: str | None
+    effective_limits: str | None
     runner_address: str | None
 
     def environment(self) -> dict[str, str]:
@@ -210,14 +214,12 @@ class Ended:
     before: Taken | None
 
 
-async def create(
-    db: Database, new: NewSession, *, dead_after_s: float, exclude: Sequence[str] = (), deadline: float | None = None
-) -> Created:
+async def create(db: Database, new: NewSession, *, dead_after_s: float, deadline: float | None = None) -> Created:
     """Create a session `starting`, with a slot reserved on the least loaded runner; one statement when all is well.
 
     Raises NotFound (no such agent), Unavailable `fleet.no_runners` or `fleet.full`, Conflict `idempotency.mismatch`.
     """
-    params = {
+    params: dict[str, Any] = {
         "id": new.id,
         "tenant": new.tenant_id,
         "agent": new.agent_name,
@@ -229,7 +231,7 @@ async def create(
         "key": new.idempotency_key,
         "request_hash": new.request_hash,
         "dead_after_s": dead_after_s,
-        "exclude": list(exclude),
+        "exclude": [],
     }
     try:
         session = await db.fetch_one(Session, CREATE, params, deadline=deadline)
@@ -237,12 +239,10 @@ async def create(
         session = None
     if session is not None:
         return Created(session)
-    return await _why_not_created(db, new, dead_after_s=dead_after_s, exclude=exclude, deadline=deadline)
+    return await _why_not_created(db, new, dead_after_s=dead_after_s, deadline=deadline)
 
 
-async def _why_not_created(
-    db: Database, new: NewSession, *, dead_after_s: float, exclude: Sequence[str], deadline: float | None
-) -> Created:
+async def _why_not_created(db: Database, new: NewSession, *, dead_after_s: float, deadline: float | None) -> Created:
     params = {"tenant": new.tenant_id, "key": new.idempotency_key, "agent": new.agent_name}
     if new.idempotency_key is not None:
         earlier = await db.fetch_one(Session, BY_KEY, params, deadline=deadline)
@@ -254,7 +254,7 @@ async def _why_not_created(
             return Created(earlier, replayed=True)
     if await db.fetch_value(AGENT_EXISTS, params, deadline=deadline) is None:
         raise NotFound(f'Agent "{new.agent_name}" not found', code="agent.not_found")
-    raise await no_room(db, dead_after_s=dead_after_s, exclude=exclude, deadline=deadline)
+    raise await no_room(db, dead_after_s=dead_after_s, deadline=deadline)
 
 
 async def move(
@@ -263,14 +263,15 @@ async def move(
     epoch: int,
     *,
     dead_after_s: float,
-    exclude: Sequence[str] = (),
+    refused: Mapping[str, str],
     deadline: float | None = None,
 ) -> Session:
-    """Give a session that is still `starting` to another runner than its present one, under the next epoch.
+    """Give a session that is still `starting` to another runner than its present one, under the next epoch. `refused`:
+    the runners that were asked, with what they said.
 
     Raises Conflict `session.not_starting` when somebody else has ended or moved it, Unavailable when there is no room.
     """
-    params = {"id": session_id, "epoch": epoch, "dead_after_s": dead_after_s, "exclude": list(exclude)}
+    params = {"id": session_id, "epoch": epoch, "dead_after_s": dead_after_s, "exclude": list(refused)}
     moved = await db.fetch_one(Session, MOVE, params, deadline=deadline)
     if moved is not None:
         return moved
@@ -278,14 +279,30 @@ async def move(
     if not where or where[0].status != "starting" or where[0].epoch != epoch:
         status = where[0].status if where else "gone"
         raise Conflict(f"Session is {status}", code="session.not_starting")
-    raise await no_room(db, dead_after_s=dead_after_s, exclude=exclude, deadline=deadline)
+    raise await no_room(db, dead_after_s=dead_after_s, refused=refused, deadline=deadline)
 
 
 async def activate(
-    db: Database, session_id: str, epoch: int, sandbox_id: str | None, *, deadline: float | None = None
+    db: Database,
+    session_id: str,
+    epoch: int,
+    sandbox_id: str | None,
+    *,
+    isolation: str | None = None,
+    effective_limits: str | None = None,
+    deadline: float | None = None,
 ) -> Session | None:
-    """starting → active, or active already with this sandbox; None when it was ended, moved or taken over meanwhile."""
-    params = {"id": session_id, "epoch": epoch, "sandbox": sandbox_id}
+    """starting → active, or active already with this sandbox; None when it was ended, moved or taken over meanwhile.
+
+    `isolation` and `effective_limits` (JSON) are what the runner says of the sandbox; None = it does not.
+    """
+    params = {
+        "id": session_id,
+        "epoch": epoch,
+        "sandbox": sandbox_id,
+        "isolation": isolation,
+        "effective_limits": effective_limits,
+    }
     return await db.fetch_one(Session, ACTIVATE, params, deadline=deadline)
 
 

@@ -30,12 +30,14 @@ from ashd.errors import Unavailable
 from ashd.store import bundles, events, keys, runners, sessions, turns
 from ashd.store.events import MESSAGE, SETTLED, Batch, NewEvent
 from ashd.store.pool import Database
+from ashd.wire.v1 import runner_pb2
 from tests.integration.conforms import complaints
 
 KEY = "static-key"
 SECRET = "internal"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 INTERNAL = {"Authorization": f"Bearer {SECRET}"}
+ASYNC = {**AUTH, "Prefer": "respond-async"}
 ECHO = {"name": "echo", "files": [{"path": "agent.yaml", "content": base64.b64encode(b"runtime: echo").decode()}]}
 
 
@@ -46,6 +48,8 @@ class Runner:
         self._db = db
         self.refuses = False
         self.ended: list[str] = []
+        self.sandboxes: list[runner_pb2.Sandbox] | None = []
+        """None: it does not answer."""
 
     async def start_session(self, created: sessions.Created) -> sessions.Session:
         if created.replayed:
@@ -53,13 +57,20 @@ class Runner:
         if self.refuses:
             await sessions.fail_start(self._db, created.session.id, created.session.epoch, "refused")
             raise Unavailable("No runners available", code="fleet.no_runners")
-        started = await sessions.activate(self._db, created.session.id, created.session.epoch, str(uuid.uuid4()))
+        given = {"isolation": "strict", "effective_limits": '{"memoryMb": 64, "openFiles": 1024}'}
+        lease = created.session.id, created.session.epoch
+        started = await sessions.activate(self._db, *lease, str(uuid.uuid4()), **given)
         assert started is not None
         return started
 
     async def end_session(self, ended: sessions.Ended) -> None:
         if ended.before is not None:
             self.ended.append(ended.session.id)
+
+    async def sandboxes_of(self, runner: runners.Runner) -> list[runner_pb2.Sandbox]:
+        if self.sandboxes is None:
+            raise Unavailable(f"runner {runner.id} does not answer", code="peer.unavailable")
+        return self.sandboxes
 
 
 @dataclass
@@ -428,6 +439,51 @@ async def test_a_session_is_created_shown_listed_and_ended(opened: Any) -> None:
         assert house.runner.ended == [made["id"]]
 
 
+async def test_a_session_shows_what_its_sandbox_really_has(opened: Any) -> None:
+    async with opened() as house:
+        await house.with_runner()
+        spec = b"runtime: echo\nnetwork: none\nlimits: {memoryMb: 999999, cpuPercent: 50, diskMb: 9, openFiles: 2000}"
+        agent = {"name": "echo", "files": [{"path": "agent.yaml", "content": base64.b64encode(spec).decode()}]}
+        await house.ask("POST", "/api/agents", 201, json=agent)
+        asked = {"memoryMb": 64, "cpuPercent": 50, "diskMb": 1, "maxProcesses": 5, "openFiles": 2000, "fileMb": 1}
+        made = await house.session(limits=asked)
+        assert (made["isolation"], made["limits"]) == ("strict", {"memoryMb": 64, "openFiles": 1024})
+        await house.ask("DELETE", f"/api/sessions/{made['id']}")
+        shown = (await house.ask("GET", f"/api/sessions/{made['id']}"))["session"]
+        assert (shown["isolation"], shown["limits"]) == (made["isolation"], made["limits"])
+        house.runner.refuses = True
+        await house.ask("POST", "/api/sessions", 503, json={"agent": "echo"})
+        failed = (await house.ask("GET", "/api/sessions?status=error"))["sessions"][0]
+        assert (failed["isolation"], failed["limits"]) == (None, None)
+
+
+async def test_a_session_whose_sandbox_ran_out_of_memory_says_so_and_can_be_ended(opened: Any) -> None:
+    async with opened() as house:
+        await house.with_runner()
+        await house.ask("POST", "/api/agents", 201, json=ECHO)
+        path = f"/api/sessions/{(await house.session())['id']}"
+        turn = (await house.ask("POST", f"{path}/messages", 202, json={"content": "x"}, headers=ASYNC))["turn"]["id"]
+        story = [
+            NewEvent(MESSAGE, 1, turn, "user", '{"content":"x"}'),
+            NewEvent(events.TIMELINE, 2, turn, "lifecycle", '{"action":"memory_warning","percent":90}'),
+            NewEvent(events.TIMELINE, 3, turn, "lifecycle", '{"action":"memory_kill","victim":"python3"}'),
+            NewEvent(SETTLED, 4, turn, "lifecycle", '{"action":"turn_settled","dropped":7}', outcome="oom"),
+            NewEvent(events.CLOSED, 5, None, "lifecycle", '{"action":"sandbox_closed","cause":"oom"}', cause="oom"),
+        ]
+        await events.record(house.db, [Batch(path.rpartition("/")[2], 1, story)])
+        shown = (await house.ask("GET", path))["session"]
+        assert (shown["status"], shown["statusCause"], shown["openTurnId"]) == ("paused", "oom", None)
+        assert (await house.ask("GET", f"{path}/turns/{turn}"))["turn"]["outcome"] == "oom"
+        told = (await house.ask("GET", f"{path}/events?type=lifecycle"))["events"]
+        actions = ["memory_warning", "memory_kill", "turn_settled", "sandbox_closed"]
+        assert [json.loads(one["data"])["action"] for one in told] == actions
+        assert json.loads(told[2]["data"])["dropped"] == 7
+        refused = await house.ask("POST", f"{path}/messages", 400, json={"content": "x"})
+        assert refused["error"] == "Session is paused"
+        assert (await house.ask("DELETE", path))["session"]["status"] == "ended"
+        assert await house.ask("GET", f"{path}/events?type=lifecycle") == {"events": told}
+
+
 async def test_creating_again_with_the_same_key_is_the_same_session(opened: Any) -> None:
     async with opened() as house:
         await house.with_runner()
@@ -451,6 +507,9 @@ async def test_creating_again_with_the_same_key_is_the_same_session(opened: Any)
         ({"agent": "echo", "allowedTools": "Bash"}, "allowedTools must be an array"),
         ({"agent": "echo", "mcpServers": {"a": 1}}, "mcpServers.a must be an object"),
         ({"agent": "echo", "limits": {"memoryMb": -1}}, "limits.memoryMb must be"),
+        ({"agent": "echo", "limits": {"cpuPercent": 0}}, "limits.cpuPercent must be"),
+        ({"agent": "echo", "limits": {"diskMb": 2**31}}, "limits.diskMb must be"),
+        ({"agent": "echo", "limits": {"openFiles": "many"}}, "limits.openFiles must be"),
         ({"agent": "echo", "limits": {"memoryMb": 99}}, "limits.memoryMb must be at most the agent's 64"),
         ({"agent": "echo", "labels": {"a": "b c"}}, "labels must map"),
         ({"agent": "echo", "credentialId": "x"}, "Invalid or inaccessible credential"),
@@ -502,6 +561,17 @@ async def test_sessions_say_why_they_cannot_start(opened: Any) -> None:
         await house.session()
         full = await house.ask("POST", "/api/sessions", 503, json={"agent": "echo"})
         assert "capacity reached" in full["error"]
+
+
+async def test_a_fleet_that_refuses_says_why_and_when_to_come_again(opened: Any) -> None:
+    async with opened() as house:
+        await house.with_runner()
+        await house.ask("POST", "/api/agents", 201, json=ECHO)
+        await runners.heartbeat(house.db, "r1", runners.Report(refusing="memory"))
+        answer = await house.http.simulate_post("/api/sessions", json={"agent": "echo"}, headers=AUTH)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "capacity reached" in answer.json["error"] and "r1: memory" in answer.json["error"]
+        assert (answer.json["code"], answer.json["retryable"], answer.json["admitted"]) == ("fleet.full", True, "no")
 
 
 @pytest.mark.parametrize(
@@ -676,3 +746,74 @@ async def test_runners_register_beat_and_leave_over_http(opened: Any) -> None:
         await house.ask("POST", f"{post}/deregister", json={"runnerId": "r9"}, headers=INTERNAL)
         assert (await house.ask("GET", post, headers=INTERNAL))["count"] == 0
         assert await house.ask("GET", "/api/internal/registry", headers=INTERNAL) == {"addresses": []}
+
+
+async def test_what_runners_say_of_themselves_is_shown_and_measured(opened: Any) -> None:
+    async with opened() as house:
+        post = "/api/internal/runners"
+        body = {"runnerId": "r9", "host": "10.0.0.9", "port": 4200, "maxSandboxes": 20}
+        silent = {**body, "runnerId": "r8"}
+        said = {"isolation": "standard", "enforced": ["cgroup-memory", "uid"]}
+        await house.ask("POST", f"{post}/register", 400, json={**body, "isolation": "total"}, headers=INTERNAL)
+        for one in (silent, {**body, **said}):
+            await house.ask("POST", f"{post}/register", json=one, headers=INTERNAL)
+        usage = {"pssMb": 12.5, "cpuSeconds": 3.25, "processes": 4, "descriptors": 40, "diskMb": 1.0}
+        odd = {"Robert'); DROP": 1, "x" * 99: 1, "Ü": 2}
+        beat = {"runnerId": "r9", "usage": usage, "refusing": "memory\n", "orphans": {"process": 2, **odd}}
+        for wrong in ({"usage": {"pssMb": -1}}, {"kills": {"oom": "x"}}, {"orphans": []}, {"refusing": 1}):
+            await house.ask("POST", f"{post}/heartbeat", 400, json={**beat, **wrong}, headers=INTERNAL)
+        await house.ask("POST", f"{post}/heartbeat", json={**beat, "kills": {"oom": 1}}, headers=INTERNAL)
+        quiet, runner = (await house.ask("GET", post, headers=INTERNAL))["runners"]
+        assert (runner["isolation"], runner["enforced"], runner["refusing"]) == (*said.values(), "memory")
+        assert (runner["usage"], runner["orphans"], runner["kills"]) == (usage, {"process": 2}, {"oom": 1})
+        assert (quiet["isolation"], quiet["enforced"], quiet["refusing"], quiet["kills"]) == (None, [], None, {})
+        lines = set((await house.http.simulate_get("/metrics")).text.splitlines())
+        assert lines >= {
+            'ash_runner_isolation{level="standard",runner="r9"} 1.0',
+            'ash_runner_refusing{runner="r9"} 1.0',
+            'ash_runner_refusing{runner="r8"} 0.0',
+            'ash_runner_pss_bytes{runner="r9"} 1.31072e+07',
+            'ash_runner_processes{runner="r9"} 4.0',
+            'ash_runner_descriptors{runner="r9"} 40.0',
+            'ash_runner_disk_bytes{runner="r9"} 1.048576e+06',
+            'ash_runner_cpu_seconds_total{runner="r9"} 3.25',
+            'ash_runner_orphans_total{kind="process",runner="r9"} 2.0',
+            'ash_runner_kills_total{cause="oom",runner="r9"} 1.0',
+        }
+
+
+async def test_a_runners_sandboxes_are_listed_as_the_runner_tells_them(opened: Any) -> None:
+    async with opened() as house:
+        path = "/api/internal/runners/r1/sandboxes"
+        await house.ask("GET", path, 401)
+        assert (await house.ask("GET", path, 404, headers=INTERNAL))["code"] == "runner.not_found"
+        await house.ask("GET", "/api/internal/runners/%00/sandboxes", 404, headers=INTERNAL)
+        await house.with_runner()
+        sandbox, session = str(uuid.uuid4()), str(uuid.uuid4())
+        limits = runner_pb2.Limits(memory_bytes=512 << 20, cpu_percent=200, processes=256, file_size_bytes=1536 << 10)
+        house.runner.sandboxes = [
+            runner_pb2.Sandbox(sandbox_id=sandbox, state="warm"),
+            runner_pb2.Sandbox(
+                sandbox_id=sandbox, session_id=session, epoch=2, state="running", isolation="strict", limits=limits,
+                pss_bytes=3 << 19, memory_bytes=2 << 20, cpu_seconds=1.234, processes=3, descriptors=9,
+                disk_bytes=1 << 20,
+            ),
+        ]  # fmt: skip
+        warm, taken = (await house.ask("GET", path, headers=INTERNAL))["sandboxes"]
+        assert (warm["sessionId"], warm["isolation"], warm["limits"], warm["pssMb"]) == (None, None, {}, 0.0)
+        assert taken == {
+            "sandboxId": sandbox,
+            "sessionId": session,
+            "epoch": 2,
+            "state": "running",
+            "isolation": "strict",
+            "limits": {"memoryMb": 512, "cpuPercent": 200, "maxProcesses": 256, "fileMb": 1.5},
+            "pssMb": 1.5,
+            "memoryMb": 2.0,
+            "cpuSeconds": 1.23,
+            "processes": 3,
+            "descriptors": 9,
+            "diskMb": 1.0,
+        }
+        house.runner.sandboxes = None
+        assert (await house.ask("GET", path, 503, headers=INTERNAL))["code"] == "peer.unavailable"

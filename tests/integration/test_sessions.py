@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.integration import agents
-from tests.integration.fleet import Api, Fleet, eventually
+from tests.integration.fleet import SECRET, Api, Fleet, eventually
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,18 @@ def test_an_agent_over_its_memory_limit_ends_as_oom(api: Api, shared: Fleet) -> 
     stream = api.send(session, "x")
     assert stream.done["outcome"] == "oom" and stream.named("error")[0].data["code"] == "sandbox.oom"
     eventually(lambda: api.get_session(session)["status"] == "paused")
+
+
+def test_a_session_shows_the_limits_that_hold_whatever_was_asked_for(api: Api, shared: Fleet) -> None:
+    api.deploy("greedy", {**agents.HELLO, "agent.yaml": "limits: {memoryMb: 100000, maxProcesses: 50}\n"})
+    limits = {"maxProcesses": 20, "cpuPercent": 50, "openFiles": 100, "fileMb": 3, "diskMb": 99999}
+    session = api.get_session(api.session("greedy", limits=limits))
+    holds = {"memoryMb": 512, "diskMb": 2048, "maxProcesses": 20, "cpuPercent": 50, "openFiles": 100, "fileMb": 3}
+    assert session["limits"] == holds
+    path = f"/api/internal/runners/{session['runnerId']}/sandboxes"
+    listed = api.call("GET", path, Authorization=f"Bearer {SECRET}").body["sandboxes"]
+    assert session["id"] in [sandbox["sessionId"] for sandbox in listed]
+    assert shared.listed_runners()[0]["refusing"] is None
 
 
 def test_utf8_of_every_width_arrives_whole(api: Api) -> None:

@@ -116,7 +116,7 @@ def test_processes_that_migrate_at_once_apply_each_migration_once(postgres: Clus
     url = postgres.create("ashd_migrate")
     with ThreadPoolExecutor(8) as pool:
         applied = [name for names in pool.map(lambda _: migrate(url), range(8)) for name in names]
-    assert applied == [migration.name for migration in known()]
+    assert sorted(applied) == [migration.name for migration in known()]
 
 
 async def test_pending_names_what_an_empty_database_lacks(postgres: Cluster, database_url: str) -> None:
@@ -240,6 +240,37 @@ async def test_create_says_why_not(database_url: str) -> None:
             await create(db)
 
 
+async def test_a_runner_that_refuses_is_passed_over_until_it_admits_again(database_url: str) -> None:
+    async with opened(database_url) as db:
+        await add_agent(db)
+        await add_runner(db, "large", 100)
+        await add_runner(db, "small", 3)
+        await runners.heartbeat(db, "large", runners.Report(refusing="memory: 100 MiB free, 512 MiB kept"))
+        assert (await create(db)).session.runner_id == "small"
+        await runners.heartbeat(db, "small", runners.Report(refusing="draining"))
+        with pytest.raises(Unavailable, match="capacity reached") as caught:
+            await create(db)
+        assert (caught.value.code, caught.value.retryable) == ("fleet.full", True)
+        assert "2 runners admitting none now (large: memory: 100 MiB free, 512 MiB kept)" in caught.value.message
+        await runners.heartbeat(db, "large", runners.Report())
+        assert (await create(db)).session.runner_id == "large"
+        await add_runner(db, "small", 1000)  # it registers again, so it has begun anew
+        assert (await create(db)).session.runner_id == "small"
+
+
+async def test_a_session_keeps_what_its_sandbox_was_given(database_url: str) -> None:
+    async with opened(database_url) as db:
+        await add_agent(db)
+        await add_runner(db)
+        new = (await create(db)).session
+        assert (new.isolation, new.effective_limits) == (None, None)
+        given = {"isolation": "strict", "effective_limits": '{"memoryMb": 512}'}
+        await sessions.activate(db, new.id, new.epoch, SANDBOX, **given)
+        await sessions.end(db, TENANT, new.id)
+        ended = await sessions.get(db, TENANT, new.id)
+        assert (ended.isolation, ended.effective_limits) == ("strict", '{"memoryMb": 512}')
+
+
 async def test_an_idempotency_key_makes_one_session(database_url: str) -> None:
     async with opened(database_url) as db:
         await add_agent(db)
@@ -262,13 +293,18 @@ async def test_move_takes_another_runner_and_gives_the_slot_back(database_url: s
         await add_runner(db, "a", 5)
         await add_runner(db, "b", 4)
         session = (await create(db)).session
-        moved = await sessions.move(db, session.id, 1, dead_after_s=DEAD_AFTER_S, exclude=["a"])
+        moved = await sessions.move(db, session.id, 1, dead_after_s=DEAD_AFTER_S, refused={"a": "draining"})
         assert (moved.runner_id, moved.runner_address, moved.epoch) == ("b", "unix:/b", 2)
         assert await slots_taken(db) == {"a": 0, "b": 1}
         with pytest.raises(Conflict):
-            await sessions.move(db, session.id, 1, dead_after_s=DEAD_AFTER_S)
-        with pytest.raises(Unavailable, match="capacity reached"):
-            await sessions.move(db, session.id, 2, dead_after_s=DEAD_AFTER_S, exclude=["a", "b"])
+            await sessions.move(db, session.id, 1, dead_after_s=DEAD_AFTER_S, refused={})
+        refused = {"a": "draining", "b": "its bundle is missing" + "!" * 1000}
+        with pytest.raises(Unavailable, match="capacity reached") as caught:
+            await sessions.move(db, session.id, 2, dead_after_s=DEAD_AFTER_S, refused=refused)
+        assert (
+            "1 of 9 sandboxes in use on 2 runners; a refused: draining; b refused: its bundle" in caught.value.message
+        )
+        assert len(caught.value.message) < 500
         assert await sessions.activate(db, session.id, 1, new_id()) is None
         assert await sessions.activate(db, session.id, 2, new_id()) is not None
 
@@ -567,18 +603,13 @@ async def test_register_tells_a_runner_which_leases_are_its_own(database_url: st
         await sessions.end(db, TENANT, gone.id)
         await events.record(db, [Batch(mine.id, 1, [NewEvent(TIMELINE, 1, None, "text", "{}")])])
         leases = [Lease(mine.id, 1), Lease(gone.id, 1), Lease(new_id(), 1)]
-        again = runners.Registration("r1", "h", 1, "unix:/new", 5, "2", ["uid"])
+        again = runners.Registration("r1", "h", 1, "unix:/new", 5, "2", "strict", ["uid"])
         answer = await runners.register(db, again, leases)
         assert answer.recorded == [events.Recorded(mine.id, 1, 1)]
         assert answer.stale == leases[1:]
         row = (await runners.list_all(db, DEAD_AFTER_S))[0]
-        assert (row.address, row.max_sandboxes, row.active, row.enforced, row.alive) == (
-            "unix:/new",
-            5,
-            1,
-            ["uid"],
-            True,
-        )
+        assert (row.address, row.max_sandboxes, row.active, row.alive) == ("unix:/new", 5, 1, True)
+        assert (row.isolation, row.enforced) == ("strict", ["uid"])
         other = await runners.register(db, runners.Registration("r2", "h", 1, "unix:/2", 5), leases[:1])
         assert other.stale == leases[:1]
 
@@ -595,6 +626,22 @@ async def test_a_heartbeat_counts_starting_sessions_too(database_url: str) -> No
         assert await slots_taken(db) == {"r1": 2}
         total = await runners.totals(db, DEAD_AFTER_S)
         assert (total.runners, total.active, total.warm, total.waiting, total.max_sandboxes) == (1, 2, 2, 1, 10)
+
+
+async def test_a_heartbeat_tells_what_sandboxes_use_and_what_was_killed(database_url: str) -> None:
+    async with opened(database_url) as db:
+        await add_runner(db)
+        report = runners.Report(
+            pss_bytes=2**33, cpu_seconds=1.5, processes=7, descriptors=70, disk_bytes=2**40,
+            orphans={"process": 2}, kills={"oom": 1, "tool_oom": 3}, refusing="memory",
+        )  # fmt: skip
+        await runners.heartbeat(db, "r1", report)
+        row = await runners.get(db, "r1", DEAD_AFTER_S)
+        assert (row.used_pss_bytes, row.used_cpu_seconds, row.used_processes) == (2**33, 1.5, 7)
+        assert (row.used_descriptors, row.used_disk_bytes, row.refusing) == (70, 2**40, "memory")
+        assert (row.orphans, row.kills) == ({"process": 2}, {"oom": 1, "tool_oom": 3})
+        with pytest.raises(NotFound):
+            await runners.get(db, "r2", DEAD_AFTER_S)
 
 
 async def test_an_inventory_finds_stale_sandboxes_and_lost_sessions(database_url: str) -> None:

@@ -224,8 +224,8 @@ def test_every_key_is_understood() -> None:
         """
 runtime: command
 entry: ["./agent", "--fast"]
-limits: {memoryMb: 512, maxProcesses: 32}
-network: host
+limits: {memoryMb: 512, cpuPercent: 50, diskMb: 100, maxProcesses: 32, openFiles: 64, fileMb: 10}
+network: none
 preload: [pandas, numpy.linalg]
 env: {LEVEL: "1"}
 idle_timeout: 5m
@@ -235,8 +235,15 @@ turn_timeout: 90
     assert found.as_json() == {
         "runtime": "command",
         "entry": ["./agent", "--fast"],
-        "limits": {"memoryMb": 512, "maxProcesses": 32},
-        "network": "host",
+        "limits": {
+            "memoryMb": 512,
+            "cpuPercent": 50,
+            "diskMb": 100,
+            "maxProcesses": 32,
+            "openFiles": 64,
+            "fileMb": 10,
+        },
+        "network": "none",
         "preload": ["pandas", "numpy.linalg"],
         "env": {"LEVEL": "1"},
         "idleTimeoutMs": 300_000,
@@ -257,9 +264,9 @@ turn_timeout: 90
         ("env: {A: 1}", "put it in quotes"),
         ("env: {'A-B': x}", "names match"),
         ("network: some", "network must be one of"),
-        ("network: none", "network can't be none yet"),
-        ("limits: {cpuPercent: 50}", "does not enforce"),
-        ("limits: {diskMb: 50}", "does not enforce"),
+        ("network: {}", "network must be one of none, host"),
+        ("limits: {cpuPercent: 0}", "cpuPercent that is not a whole number"),
+        ("limits: {fileMb: 1.5}", "fileMb that is not a whole number"),
         ("runtime: command", "needs entry"),
         ("runtime: python\nentry: 'rm -rf'", "module:function"),
         ("runtime: python\nentry: 'main:run'", "no main.py"),

@@ -192,6 +192,64 @@ def test_a_turn_that_fails_is_1(server: type[Answers], capsys: pytest.CaptureFix
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_a_chat_says_what_was_killed(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
+    killed = {"action": "memory_kill", "victim": "python3\x1b[31m", "limitMb": 512}
+    server.script["POST /api/sessions/s/messages"] = [
+        (200, sse(("lifecycle", killed), ("done", {"outcome": "completed"})))
+    ]
+    assert main(["session", "send", "s", "hi", "--server", server.url]) == Exit.OK
+    assert capsys.readouterr().err == "[memory_kill] victim=python3[31m limitMb=512\n"
+
+
+def test_status_shows_the_fleet_and_the_sandboxes_of_one_runner(
+    server: type[Answers], capsys: pytest.CaptureFixture[str]
+) -> None:
+    health = {"version": "1", "uptime": 5, "activeSessions": 1, "activeSandboxes": 2}
+    runner = {
+        "runnerId": "r:1",
+        "host": "h",
+        "port": 1,
+        "isolation": "strict",
+        "usage": {"pssMb": 7.5},
+        "refusing": None,
+    }
+    sandbox = {"state": "running", "isolation": "strict", "memoryMb": 9.0, "cpuSeconds": 1.5, "descriptors": 12}
+    small = {**sandbox, "sandboxId": "a" * 36, "sessionId": None, "limits": {}, "pssMb": 1, "processes": 1, "diskMb": 0}
+    limits = {"memoryMb": 512, "maxProcesses": 256, "diskMb": 2048}
+    large = {**small, "sandboxId": "b" * 36, "sessionId": "s1", "limits": limits, "pssMb": 7.5, "diskMb": 2.25}
+    answer = json.dumps({"sandboxes": [small, large]}).encode()
+    server.script["GET /health"] = [(200, json.dumps(health).encode())]
+    server.script["GET /api/internal/runners"] = [(200, json.dumps({"runners": [runner]}).encode())]
+    server.script["GET /api/internal/runners/r%3A1/sandboxes"] = [
+        (200, answer),
+        (200, answer),
+        (200, b'{"sandboxes": []}'),
+    ]
+    assert main(["status", "--server", server.url]) == Exit.OK
+    (told,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("r:1")]
+    assert told[:2] == ["r:1", "h:1"] and told[-4:] == ["strict", "7.5", "-", "-"]
+    of_one = ["status", "--runner", "r:1", "--server", server.url]
+    assert main(of_one) == Exit.OK
+    heading, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert dict(zip(heading, rows[0], strict=True)) == {
+        "sandbox": "bbbbbbbb",
+        "session": "s1",
+        "state": "running",
+        "isolation": "strict",
+        "pssMb": "7.5/512",
+        "memoryMb": "9.0",
+        "cpuSeconds": "1.5",
+        "processes": "1/256",
+        "descriptors": "12",
+        "diskMb": "2.25/2048",
+    }
+    assert rows[1][:2] + rows[1][4:5] == ["aaaaaaaa", "-", "1"]
+    assert main([*of_one, "--json"]) == Exit.OK
+    assert json.loads(capsys.readouterr().out) == json.loads(answer)
+    assert main(of_one) == Exit.OK
+    assert capsys.readouterr().err == "No sandboxes on r:1.\n"
+
+
 def test_a_broken_stream_is_taken_up_again_at_its_cursor(server: type[Answers]) -> None:
     server.script["POST /api/sessions/s/messages"] = [
         (200, sse(("text_delta", {"delta": "a"})) + b"id: 1.1.0\nevent: text_de")

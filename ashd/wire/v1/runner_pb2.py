@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ashd.wire.v1 import events_pb2 as ashd_dot_wire_dot_v1_dot_events__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61shd/wire/v1/runner.proto\x12\x0c\x61shd.wire.v1\x1a\x19\x61shd/wire/v1/events.proto\"\x87\x01\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\nopen_files\x18\x03 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x04 \x01(\x03\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x05\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x03\"\xd7\x02\n\x13StartSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\r\n\x05\x65ntry\x18\x06 \x03(\t\x12\x37\n\x03\x65nv\x18\x07 \x03(\x0b\x32*.ashd.wire.v1.StartSessionRequest.EnvEntry\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.ashd.wire.v1.Limits\x12\x15\n\rsettings_json\x18\t \x01(\t\x12\x10\n\x08last_seq\x18\n \x01(\x03\x12\r\n\x05turns\x18\x0b \x01(\x05\x12\x0f\n\x07network\x18\x0c \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\x14StartSessionResponse\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x0c\n\x04warm\x18\x02 \x01(\x08\x12\x10\n\x08\x65nforced\x18\x03 \x03(\t\x12\x11\n\tisolation\x18\x04 \x01(\t\"k\n\x10StartTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07turn_id\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x03\"_\n\x13StreamEventsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tafter_seq\x18\x03 \x01(\x03\x12\x12\n\nafter_part\x18\x04 \x01(\r\"J\n\x14InterruptTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07turn_id\x18\x03 \x01(\t\",\n\x15InterruptTurnResponse\x12\x13\n\x0binterrupted\x18\x01 \x01(\x08\"6\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x14\n\x12\x45ndSessionResponse\"\x16\n\x14ListSandboxesRequest\"A\n\x15ListSandboxesResponse\x12(\n\tsandboxes\x18\x01 \x03(\x0b\x32\x15.ashd.wire.v1.Sandbox\"\x82\x02\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tisolation\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.ashd.wire.v1.Limits\x12\x11\n\tpss_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\t \x01(\x01\x12\x11\n\tprocesses\x18\n \x01(\x05\x12\x13\n\x0b\x64\x65scriptors\x18\x0b \x01(\x05\x12\x12\n\ndisk_bytes\x18\x0c \x01(\x03\x32\xfc\x03\n\x06Runner\x12U\n\x0cStartSession\x12!.ashd.wire.v1.StartSessionRequest\x1a\".ashd.wire.v1.StartSessionResponse\x12G\n\tStartTurn\x12\x1e.ashd.wire.v1.StartTurnRequest\x1a\x18.ashd.wire.v1.EventBatch0\x01\x12M\n\x0cStreamEvents\x12!.ashd.wire.v1.StreamEventsRequest\x1a\x18.ashd.wire.v1.EventBatch0\x01\x12X\n\rInterruptTurn\x12\".ashd.wire.v1.InterruptTurnRequest\x1a#.ashd.wire.v1.InterruptTurnResponse\x12O\n\nEndSession\x12\x1f.ashd.wire.v1.EndSessionRequest\x1a .ashd.wire.v1.EndSessionResponse\x12X\n\rListSandboxes\x12\".ashd.wire.v1.ListSandboxesRequest\x1a#.ashd.wire.v1.ListSandboxesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61shd/wire/v1/runner.proto\x12\x0c\x61shd.wire.v1\x1a\x19\x61shd/wire/v1/events.proto\"\x87\x01\n\x06Limits\x12\x14\n\x0cmemory_bytes\x18\x01 \x01(\x03\x12\x11\n\tprocesses\x18\x02 \x01(\x05\x12\x12\n\nopen_files\x18\x03 \x01(\x05\x12\x17\n\x0f\x66ile_size_bytes\x18\x04 \x01(\x03\x12\x13\n\x0b\x63pu_percent\x18\x05 \x01(\x05\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x03\"\xd7\x02\n\x13StartSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nagent_name\x18\x03 \x01(\t\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12\x0f\n\x07runtime\x18\x05 \x01(\t\x12\r\n\x05\x65ntry\x18\x06 \x03(\t\x12\x37\n\x03\x65nv\x18\x07 \x03(\x0b\x32*.ashd.wire.v1.StartSessionRequest.EnvEntry\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.ashd.wire.v1.Limits\x12\x15\n\rsettings_json\x18\t \x01(\t\x12\x10\n\x08last_seq\x18\n \x01(\x03\x12\r\n\x05turns\x18\x0b \x01(\x05\x12\x0f\n\x07network\x18\x0c \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x83\x01\n\x14StartSessionResponse\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x0c\n\x04warm\x18\x02 \x01(\x08\x12\x10\n\x08\x65nforced\x18\x03 \x03(\t\x12\x11\n\tisolation\x18\x04 \x01(\t\x12$\n\x06limits\x18\x05 \x01(\x0b\x32\x14.ashd.wire.v1.Limits\"k\n\x10StartTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07turn_id\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\x0c\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x03\"_\n\x13StreamEventsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x11\n\tafter_seq\x18\x03 \x01(\x03\x12\x12\n\nafter_part\x18\x04 \x01(\r\"J\n\x14InterruptTurnRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0f\n\x07turn_id\x18\x03 \x01(\t\",\n\x15InterruptTurnResponse\x12\x13\n\x0binterrupted\x18\x01 \x01(\x08\"6\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\x14\n\x12\x45ndSessionResponse\"\x16\n\x14ListSandboxesRequest\"A\n\x15ListSandboxesResponse\x12(\n\tsandboxes\x18\x01 \x03(\x0b\x32\x15.ashd.wire.v1.Sandbox\"\x82\x02\n\x07Sandbox\x12\x12\n\nsandbox_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tisolation\x18\x05 \x01(\t\x12$\n\x06limits\x18\x06 \x01(\x0b\x32\x14.ashd.wire.v1.Limits\x12\x11\n\tpss_bytes\x18\x07 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\t \x01(\x01\x12\x11\n\tprocesses\x18\n \x01(\x05\x12\x13\n\x0b\x64\x65scriptors\x18\x0b \x01(\x05\x12\x12\n\ndisk_bytes\x18\x0c \x01(\x03\x32\xfc\x03\n\x06Runner\x12U\n\x0cStartSession\x12!.ashd.wire.v1.StartSessionRequest\x1a\".ashd.wire.v1.StartSessionResponse\x12G\n\tStartTurn\x12\x1e.ashd.wire.v1.StartTurnRequest\x1a\x18.ashd.wire.v1.EventBatch0\x01\x12M\n\x0cStreamEvents\x12!.ashd.wire.v1.StreamEventsRequest\x1a\x18.ashd.wire.v1.EventBatch0\x01\x12X\n\rInterruptTurn\x12\".ashd.wire.v1.InterruptTurnRequest\x1a#.ashd.wire.v1.InterruptTurnResponse\x12O\n\nEndSession\x12\x1f.ashd.wire.v1.EndSessionRequest\x1a .ashd.wire.v1.EndSessionResponse\x12X\n\rListSandboxes\x12\".ashd.wire.v1.ListSandboxesRequest\x1a#.ashd.wire.v1.ListSandboxesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,26 +40,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTSESSIONREQUEST']._serialized_end=552
   _globals['_STARTSESSIONREQUEST_ENVENTRY']._serialized_start=510
   _globals['_STARTSESSIONREQUEST_ENVENTRY']._serialized_end=552
-  _globals['_STARTSESSIONRESPONSE']._serialized_start=554
-  _globals['_STARTSESSIONRESPONSE']._serialized_end=647
-  _globals['_STARTTURNREQUEST']._serialized_start=649
-  _globals['_STARTTURNREQUEST']._serialized_end=756
-  _globals['_STREAMEVENTSREQUEST']._serialized_start=758
-  _globals['_STREAMEVENTSREQUEST']._serialized_end=853
-  _globals['_INTERRUPTTURNREQUEST']._serialized_start=855
-  _globals['_INTERRUPTTURNREQUEST']._serialized_end=929
-  _globals['_INTERRUPTTURNRESPONSE']._serialized_start=931
-  _globals['_INTERRUPTTURNRESPONSE']._serialized_end=975
-  _globals['_ENDSESSIONREQUEST']._serialized_start=977
-  _globals['_ENDSESSIONREQUEST']._serialized_end=1031
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=1033
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=1053
-  _globals['_LISTSANDBOXESREQUEST']._serialized_start=1055
-  _globals['_LISTSANDBOXESREQUEST']._serialized_end=1077
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=1079
-  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=1144
-  _globals['_SANDBOX']._serialized_start=1147
-  _globals['_SANDBOX']._serialized_end=1405
-  _globals['_RUNNER']._serialized_start=1408
-  _globals['_RUNNER']._serialized_end=1916
+  _globals['_STARTSESSIONRESPONSE']._serialized_start=555
+  _globals['_STARTSESSIONRESPONSE']._serialized_end=686
+  _globals['_STARTTURNREQUEST']._serialized_start=688
+  _globals['_STARTTURNREQUEST']._serialized_end=795
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=797
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=892
+  _globals['_INTERRUPTTURNREQUEST']._serialized_start=894
+  _globals['_INTERRUPTTURNREQUEST']._serialized_end=968
+  _globals['_INTERRUPTTURNRESPONSE']._serialized_start=970
+  _globals['_INTERRUPTTURNRESPONSE']._serialized_end=1014
+  _globals['_ENDSESSIONREQUEST']._serialized_start=1016
+  _globals['_ENDSESSIONREQUEST']._serialized_end=1070
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=1072
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=1092
+  _globals['_LISTSANDBOXESREQUEST']._serialized_start=1094
+  _globals['_LISTSANDBOXESREQUEST']._serialized_end=1116
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_start=1118
+  _globals['_LISTSANDBOXESRESPONSE']._serialized_end=1183
+  _globals['_SANDBOX']._serialized_start=1186
+  _globals['_SANDBOX']._serialized_end=1444
+  _globals['_RUNNER']._serialized_start=1447
+  _globals['_RUNNER']._serialized_end=1955
 # @@protoc_insertion_point(module_scope)

@@ -145,6 +145,7 @@ class StartSessionResponse(_message.Message):
     WARM_FIELD_NUMBER: _builtins.int
     ENFORCED_FIELD_NUMBER: _builtins.int
     ISOLATION_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     sandbox_id: _builtins.str
     warm: _builtins.bool
     """claimed from the warm pool"""
@@ -154,6 +155,10 @@ class StartSessionResponse(_message.Message):
     def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """what the host lets the runner enforce on it, e.g. uid, pid-namespace, cgroup-memory"""
 
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """what holds: the asked-for ones, capped by the runner's own"""
+
     def __init__(
         self,
         *,
@@ -161,10 +166,11 @@ class StartSessionResponse(_message.Message):
         warm: _builtins.bool = ...,
         enforced: _abc.Iterable[_builtins.str] | None = ...,
         isolation: _builtins.str = ...,
+        limits: Global___Limits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforced", b"enforced", "isolation", b"isolation", "sandbox_id", b"sandbox_id", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enforced", b"enforced", "isolation", b"isolation", "limits", b"limits", "sandbox_id", b"sandbox_id", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
