@@ -36,6 +36,8 @@ LIMITS = {"memory": 128 * MIB, "processes": 64, "open_files": 256, "file_size": 
 """Of every sandbox here: small, so that reaching them is cheap."""
 JOURNAL = {"frame": 1 * MIB, "log": MIB // 4, "events_per_s": 100}
 TURN_TIMEOUT_S = 20
+UPLOAD = 16 * MIB
+"""Largest bundle."""
 
 RUNNER_CONFIG = f"""
 uid_range: 230000-230199
@@ -133,7 +135,7 @@ class Scene:
     def __init__(self, fleet: Fleet, database_url: str) -> None:
         self.fleet = fleet
         self.mark = f"hostile-{uuid.uuid4().hex[:12]}"
-        self.api: Api = fleet.add_coordinator()
+        self.api: Api = fleet.add_coordinator(f"max_upload: {UPLOAD}\n")
         self.runner = fleet.add_runner(RUNNER_CONFIG, ASH_LOG_FORMAT="json")
         self.secrets = {name: f"{name}-{uuid.uuid4().hex}" for name in ("environment", "file", "host")}
         self._database_folder = database_url.rpartition("host=")[2]
@@ -329,7 +331,9 @@ class Scene:
             log.seek(self._log_at)
             lines = log.readlines()
             self._log_at = log.tell()
-        return [line for line in lines if not line.startswith("{") or json.loads(line)["level"] in ("error", "critical")]
+        return [
+            line for line in lines if not line.startswith("{") or json.loads(line)["level"] in ("error", "critical")
+        ]
 
     def assert_nothing_is_left(self) -> None:
         """All attackers' sessions ended: no process, cgroup, folder or file of theirs is left."""
@@ -340,17 +344,22 @@ class Scene:
                 self.end(session["id"])
         eventually(lambda: not self.host.marked_processes())
         eventually(lambda: len(self._sandbox_folders()) <= 2)  # the neighbour's and the warm one
-        per_sandbox = max(1, len(_cgroups_of(self.neighbours_keeper)))
-        eventually(lambda: len(self._cgroups()) <= 2 * per_sandbox)
+        eventually(lambda: len({Path(path).name for path in self._cgroups()}) <= 1)  # the warm one's
         self.assert_nobody_noticed()
 
     def _sandbox_folders(self) -> list[Path]:
         return list(Path(self.runner.environment["ASH_STATE_DIR"]).glob("sandboxes/*"))
 
     def _cgroups(self) -> list[str]:
-        """Groups below the runner's own, on every hierarchy."""
-        parents = {str(Path(path).parent) for path in _cgroups_of(self.neighbours_keeper)}
-        return [str(path) for parent in parents for path in Path(parent).glob("*/")]
+        """Folders of groups that are named after a sandbox, on every hierarchy, other than the neighbour's."""
+        if not any(name.startswith("cgroup") for name in self.reported.get("enforced", ["cgroup"])):
+            return []
+        theirs = Path(self.neighbours_keeper.cwd()).name
+        found = []
+        for path in _cgroups_of(self.neighbours_keeper):
+            runners = Path(path.partition(theirs)[0])
+            found += [str(group) for group in runners.iterdir() if group.is_dir() and len(group.name) == len(theirs)]
+        return [path for path in found if theirs not in path]
 
 
 class Host:
@@ -527,7 +536,11 @@ def assert_fails(scene: Scene, runtime: str, name: str) -> Verdict:
         if "none" not in allowed:
             assert verdict.outcome == "completed"
     finally:
-        if verdict.verdict != "denied" or property_of(name, "in_the_agent", False) or property_of(name, "deadly", False):
+        if (
+            verdict.verdict != "denied"
+            or property_of(name, "in_the_agent", False)
+            or property_of(name, "deadly", False)
+        ):
             scene.dismiss(runtime)  # what it did to itself must not be taken for the next attack's doing
         scene.assert_nobody_noticed()
     return verdict

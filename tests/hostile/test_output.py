@@ -12,7 +12,12 @@ from tests.hostile.scene import JOURNAL, MIB, RUNTIMES, Scene, each_attack
 
 TOO_MUCH = ("say_a_giant_event", "say_a_deep_event", "say_an_event_of_many_values", "say_what_is_no_number")
 HARMLESS = ("say_what_ends_a_stream", "say_something_for_the_neighbour", "say_events_in_the_platforms_name")
-PAST_THE_RUNTIME = ("forge_frames", "send_descriptors_to_the_keeper", "send_an_endless_frame", "forge_the_end_of_its_turn")
+PAST_THE_RUNTIME = (
+    "forge_frames",
+    "send_descriptors_to_the_keeper",
+    "send_an_endless_frame",
+    "forge_the_end_of_its_turn",
+)
 WRONG_LINES = ("write_lines_that_are_no_json", "write_an_endless_line")
 DEAF = ("never_read_its_input", "spin_without_end")
 PATIENCE_S = 1

@@ -12,7 +12,9 @@ import pytest
 from tests.hostile.scene import RUNTIMES, Scene
 
 EVIL_SHELL = "for folder in / /tmp /dev/shm /var/tmp /run /etc; do echo x > $folder/{mark}; done 2>/dev/null\n"
-EVIL_PYTHON = "import os\nfor f in ('/', '/tmp', '/run', '/etc'):\n    try: open(f + '/{mark}', 'w')\n    except OSError: pass\n"
+EVIL_PYTHON = (
+    "import os\nfor f in ('/', '/tmp', '/run', '/etc'):\n    try: open(f + '/{mark}', 'w')\n    except OSError: pass\n"
+)
 
 TRICKS = {
     "a preloaded library": {"LD_PRELOAD": "/workspace/evil.so", "LD_AUDIT": "/workspace/evil.so"},
@@ -20,13 +22,17 @@ TRICKS = {
     "modules of its own": {"PYTHONPATH": "/workspace/evil", "PYTHONSTARTUP": "/workspace/evil/json.py"},
     "another home of Python's": {"PYTHONHOME": "/workspace/evil"},
     "a debugger": {"PYTHONBREAKPOINT": "os.abort", "PYTHONINSPECT": "1", "PYTHONFAULTHANDLER": "1"},
-    "a shell's start": {"BASH_ENV": "/workspace/evil.sh", "ENV": "/workspace/evil.sh", "PS4": "$(sh /workspace/evil.sh)"},
+    "a shell's start": {
+        "BASH_ENV": "/workspace/evil.sh",
+        "ENV": "/workspace/evil.sh",
+        "PS4": "$(sh /workspace/evil.sh)",
+    },
     "a path": {"PATH": "/workspace/bin:."},
     "no path": {"PATH": ""},
     "folders": {"HOME": "/root", "TMPDIR": "/", "PWD": "/etc", "XDG_RUNTIME_DIR": "/run"},
     "settings of ours": {"ASH_INTERNAL_SECRET": "mine", "ASH_STATE_DIR": "/", "ASH_ISOLATION": "none"},
     "memory": {"MALLOC_ARENA_MAX": "1000", "GLIBC_TUNABLES": "glibc.malloc.mxfast=0x4000000000000000"},
-    "two megabytes": {f"LARGE_{number}": "x" * 100_000 for number in range(20)},
+    "almost a megabyte": {f"LARGE_{number}": "x" * 100_000 for number in range(10)},
 }
 
 
@@ -39,11 +45,13 @@ def test_a_sessions_environment_reaches_nobody_but_its_agent(scene: Scene, runti
         "evil.sh": EVIL_SHELL.format(mark=scene.mark),
         "startup.sh": ":\n",
         "bin/python3": f"#!/bin/sh\n{EVIL_SHELL.format(mark=scene.mark)}exit 1\n",
-        **{f"evil/{name}.py": EVIL_PYTHON.format(mark=scene.mark) for name in ("json", "sitecustomize", "os", "socket")},
+        **{
+            f"evil/{name}.py": EVIL_PYTHON.format(mark=scene.mark) for name in ("json", "sitecustomize", "os", "socket")
+        },
     }
     scene.api.deploy(f"bewitched-{runtime}", files)
     answer = scene.api.call("POST", "/api/sessions", {"agent": f"bewitched-{runtime}", "extraEnv": TRICKS[trick]})
-    assert answer.status in (201, 400, 500, 503), answer
+    assert answer.status in (201, 400, 422, 500, 503), answer
     if answer.status == 201:
         session = answer.body["session"]["id"]
         scene.api.send(session, scene.order("output.say_hello", session))

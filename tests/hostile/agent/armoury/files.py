@@ -18,7 +18,19 @@ from pathlib import Path
 from .weapons import Denied, Facts, call, each, outsiders, visible
 
 SECRET = "secret.txt"
-EVERYBODYS = ("/", "/tmp", "/var/tmp", "/dev/shm", "/dev", "/dev/mqueue", "/run", "/run/lock", "/etc", "/usr", "/usr/bin")
+EVERYBODYS = (
+    "/",
+    "/tmp",
+    "/var/tmp",
+    "/dev/shm",
+    "/dev",
+    "/dev/mqueue",
+    "/run",
+    "/run/lock",
+    "/etc",
+    "/usr",
+    "/usr/bin",
+)
 SYSTEM = ("/bin", "/lib", "/lib64", "/sbin", "/opt", "/home", "/root", "/var", "/var/lib", "/srv", "/proc", "/sys")
 
 
@@ -55,7 +67,11 @@ def reach_the_neighbour_by_symlink(facts: Facts) -> str:
         os.symlink(target, "link")
         return _read("link")
 
-    targets = [f"{facts.neighbour.workspace}/{SECRET}", facts.host.file, *_through_proc(facts, f"root{facts.host.file}")]
+    targets = [
+        f"{facts.neighbour.workspace}/{SECRET}",
+        facts.host.file,
+        *_through_proc(facts, f"root{facts.host.file}"),
+    ]
     return each(follow, targets)
 
 
@@ -208,7 +224,9 @@ def leave_marks_where_everybody_looks(facts: Facts) -> str:
 
 def find_files_of_others_where_everybody_writes(facts: Facts) -> str:
     """The neighbour left its secret in its /tmp, /var/tmp and /dev/shm."""
-    return each(_read, glob.glob("/tmp/*neighbour*") + glob.glob("/var/tmp/*neighbour*") + glob.glob("/dev/shm/*neigh*"))
+    return each(
+        _read, glob.glob("/tmp/*neighbour*") + glob.glob("/var/tmp/*neighbour*") + glob.glob("/dev/shm/*neigh*")
+    )
 
 
 def write_kernel_settings(facts: Facts) -> str:
@@ -241,7 +259,9 @@ def read_the_kernels_memory(facts: Facts) -> str:
         with open(path, "rb") as file:
             return "" if path.endswith("kallsyms") and not int(file.readline().split()[0], 16) else "may be read"
 
-    return each(read, ["/proc/kcore", "/proc/kmsg", "/dev/mem", "/dev/kmem", "/dev/kmsg", "/proc/kallsyms", "/dev/port"])
+    return each(
+        read, ["/proc/kcore", "/proc/kmsg", "/dev/mem", "/dev/kmem", "/dev/kmsg", "/proc/kallsyms", "/dev/port"]
+    )
 
 
 def write_below_sys(facts: Facts) -> str:
@@ -365,7 +385,15 @@ def learn_the_hosts_paths(facts: Facts) -> str:
 
 def read_accounts_of_the_host(facts: Facts) -> str:
     """/etc may hold names, but no folder or file that only the host's configuration needs."""
-    folders = ["/etc/ssh", "/etc/ssl/private", "/etc/cron.d", "/etc/systemd", "/etc/security", "/etc/pam.d", "/etc/sudoers.d"]
+    folders = [
+        "/etc/ssh",
+        "/etc/ssl/private",
+        "/etc/cron.d",
+        "/etc/systemd",
+        "/etc/security",
+        "/etc/pam.d",
+        "/etc/sudoers.d",
+    ]
     return each(_gained_from, folders)
 
 
@@ -374,7 +402,9 @@ def leave_a_trap_for_whoever_cleans_up(facts: Facts) -> str:
     when the session ends (the scene looks whether it did, and whether it followed a link).
     """
     os.makedirs("trap", exist_ok=True)
-    for number, target in enumerate([facts.host.folder, facts.neighbour.workspace, "/", "/etc", facts.runner.state_dir]):
+    for number, target in enumerate(
+        [facts.host.folder, facts.neighbour.workspace, "/", "/etc", facts.runner.state_dir]
+    ):
         with contextlib.suppress(FileExistsError):
             os.symlink(target, f"trap/link-{number}")
     here = os.open("trap", os.O_RDONLY)
@@ -394,7 +424,12 @@ def leave_a_trap_for_whoever_cleans_up(facts: Facts) -> str:
 
 def find_setuid_files_it_may_use(facts: Facts) -> str:
     """nosuid or no_new_privs: a program of root's that it copies or finds must not be more than it is."""
-    done = subprocess.run(["sh", "-c", "cp /bin/sh ./mine && chmod 6755 ./mine && ./mine -p -c 'id -u'"], capture_output=True, timeout=10, check=False)
+    done = subprocess.run(
+        ["sh", "-c", "cp /bin/sh ./mine && chmod 6755 ./mine && ./mine -p -c 'id -u'"],
+        capture_output=True,
+        timeout=10,
+        check=False,
+    )
     uid = done.stdout.decode().strip()
     mode = os.stat("mine").st_mode
     if os.stat("mine").st_uid != os.getuid() and mode & stat.S_ISUID:

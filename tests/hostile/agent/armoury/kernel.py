@@ -364,7 +364,7 @@ def enter_by_the_32_bit_door(facts: Facts) -> str:
     """int 0x80 with getpid's i386 number: a filter for one architecture only would not see it."""
     if platform.machine() != "x86_64":
         raise Denied("an attack on x86_64")
-    code = bytes.fromhex("53" "b814000000" "cd80" "5b" "c3")  # push rbx; mov eax, 20; int 0x80; pop rbx; ret
+    code = bytes.fromhex("53b814000000cd805bc3")  # push rbx; mov eax, 20; int 0x80; pop rbx; ret
     with mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
         page.write(code)
         here = ctypes.c_char.from_buffer(page)

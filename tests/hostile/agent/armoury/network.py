@@ -133,7 +133,12 @@ def reach_the_neighbours_keeper(facts: Facts) -> str:
 
 def reach_its_own_keeper(facts: Facts) -> str:
     """The supervisor's conversation with it: who may speak there ends turns and sessions."""
-    paths = [f"{facts.own.folder}/keeper.sock", "../keeper.sock", "/workspace/../keeper.sock", "/proc/1/cwd/../keeper.sock"]
+    paths = [
+        f"{facts.own.folder}/keeper.sock",
+        "../keeper.sock",
+        "/workspace/../keeper.sock",
+        "/proc/1/cwd/../keeper.sock",
+    ]
     return each(lambda path: _by_every_path(facts, path), paths)
 
 
@@ -143,7 +148,13 @@ def reach_sockets_of_the_runner(facts: Facts) -> str:
 
 
 def reach_sockets_of_the_host(facts: Facts) -> str:
-    paths = ["/run/docker.sock", "/var/run/docker.sock", "/run/dbus/system_bus_socket", "/run/systemd/private", "/dev/log"]
+    paths = [
+        "/run/docker.sock",
+        "/var/run/docker.sock",
+        "/run/dbus/system_bus_socket",
+        "/run/systemd/private",
+        "/dev/log",
+    ]
     return each(_knock, [*paths, "/run/containerd/containerd.sock", "/run/systemd/journal/socket", facts.host.socket])
 
 
@@ -242,10 +253,13 @@ def see_ipc_objects_of_others(facts: Facts) -> str:
 
 
 def use_the_neighbours_queues_and_semaphores(facts: Facts) -> str:
-    return each(lambda what: f"number {call(what[0], *what[1:])}", [
-        ("msgget", facts.neighbour.key, 0),
-        ("semget", facts.neighbour.key, 0, 0),
-    ])
+    return each(
+        lambda what: f"number {call(what[0], *what[1:])}",
+        [
+            ("msgget", facts.neighbour.key, 0),
+            ("semget", facts.neighbour.key, 0, 0),
+        ],
+    )
 
 
 def open_the_neighbours_message_queue(facts: Facts) -> str:
@@ -260,7 +274,6 @@ def leave_ipc_objects_behind(facts: Facts) -> str:
     call("semget", facts.host.key, 1, 0o1666)
     syscall("mq_open", facts.mark, os.O_RDWR | os.O_CREAT, 0o666, None)
     return ""
-
 
 
 def listen_where_the_host_listens(facts: Facts) -> str:

@@ -90,7 +90,13 @@ def say_events_in_the_platforms_name(facts: Facts) -> Iterator[Any]:
     """Types that only the platform gives out; said by an agent they are an agent's message and nothing more."""
     for kind in ("done", "error", "session_start", "settled", "lifecycle", "closed", "turn_complete", "reset"):
         if kind != "done":  # as a command agent, that line ends its turn, which is its right
-            yield {"type": kind, "sessionId": facts.neighbour.session, "outcome": "completed", "seq": 1, "action": "end"}
+            yield {
+                "type": kind,
+                "sessionId": facts.neighbour.session,
+                "outcome": "completed",
+                "seq": 1,
+                "action": "end",
+            }
 
 
 def say_something_for_the_neighbour(facts: Facts) -> Iterator[Any]:

@@ -329,7 +329,6 @@ def _go_on_for(seconds: float, step: Callable[[int], object]) -> int:
 
 
 @deadly
-@needs("disk", "disk-quota", "disk-watch")
 def fill_the_disk(facts: Facts) -> str:
     """Five times its limit within four seconds, in files of a size that is allowed; nobody stops it?"""
     piece = b"x" * (facts.limits.disk // 16)
@@ -342,7 +341,6 @@ def fill_the_disk(facts: Facts) -> str:
 
 
 @deadly
-@needs("disk", "disk-quota", "disk-watch")
 def fill_the_disk_with_inodes(facts: Facts) -> str:
     """Empty files: they take no space but theirs in the filesystem's tables."""
 
