@@ -1,4 +1,4 @@
-"""The scene of a module's attacks: made once, looked over after each attack, and once more when all sessions have ended."""
+"""The scene of a module's attacks: made once, looked over after each attack and when all sessions have ended."""
 
 from __future__ import annotations
 

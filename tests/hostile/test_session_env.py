@@ -61,7 +61,7 @@ def test_a_sessions_environment_reaches_nobody_but_its_agent(scene: Scene, runti
 
 
 def assert_untouched(scene: Scene, trick: str, session: str) -> None:
-    """Keeper, zygote and supervisor have none of it in their environment, nor a file of the workspace in their memory."""
+    """Keeper, zygote and supervisor have none of it in their environment, nor a file of the workspace in memory."""
     folder = scene.fleet.keeper_of(session).cwd()
     for pid in (scene.fleet.keeper_of(session).pid, scene.zygote, scene.runner.process.pid):
         environment = psutil.Process(pid).environ()

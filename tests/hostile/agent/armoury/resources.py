@@ -1,6 +1,6 @@
 """Attacks that eat: memory by every road, processes, threads, descriptors, disk, inodes, time.
 
-Each one stops by itself at a bound well above the sandbox's limits (tests/hostile/scene.py), and says that it got there.
+Each one stops by itself at a bound well above the sandbox's limits (tests/hostile/scene.py), and says so.
 
 Sources: cgroups(7), getrlimit(2), tmpfs(5), memfd_create(2), sysvipc(7), unix(7).
 """
@@ -35,8 +35,8 @@ FAR_TOO_MUCH = 3
 @needs("cgroup-memory", "rlimits")
 def hoard_memory_in_small_steps(facts: Facts) -> str:
     most, hoard = FAR_TOO_MUCH * facts.limits.memory, []
-    for _ in range(most // MIB):
-        hoard.append(bytearray(b"x") * MIB)
+    for number in range(most // MIB):
+        hoard += [bytearray([number % 256]) * MIB]
     return f"holds {len(hoard)} MiB"
 
 
