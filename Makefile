@@ -1,12 +1,12 @@
 # The one door to everything a developer or a first-time user does. `make` alone prints the list.
-# Files .venv/.made, .venv/.runtime and .venv/.dev mark what is installed, so a second `make run` starts at once.
+# Files .venv/.made, .venv/.runtime, .venv/.dev and .venv/.loadtest mark what is installed, so a second `make run` starts at once.
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: help run dev test check format proto proto-check conf lock bench clean
+.PHONY: help run dev test check format proto proto-check conf lock bench ceiling vm clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,7 +49,7 @@ conf: $(VENV)/.runtime ## write conf/*.yaml from ashd/config/schema.py
 
 lock: $(VENV)/.dev ## pin the newest dependencies that pyproject.toml allows
 	$(PIP) install pip-tools
-	for set in runtime:postgres dev:postgres,dev; do \
+	for set in runtime:postgres dev:postgres,dev loadtest:postgres,loadtest; do \
 	  { echo '# Made from pyproject.toml by `make lock`; do not edit.'; \
 	    $(BIN)/pip-compile --quiet --upgrade --allow-unsafe --no-emit-index-url --no-emit-find-links --no-annotate \
 	      --no-header --strip-extras $$(echo "$${set#*:}" | tr , '\n' | sed 's/^/--extra /') -o - pyproject.toml; \
@@ -57,6 +57,12 @@ lock: $(VENV)/.dev ## pin the newest dependencies that pyproject.toml allows
 
 bench: $(VENV)/.dev ## latency of create and message against a running ashd (ARGS="--url http://127.0.0.1:4100")
 	$(BIN)/python loadtest/roundtrip.py $(ARGS)
+
+ceiling: $(VENV)/.loadtest ## sandboxes a host holds: every limit and agent, about 15 minutes (ARGS="--use-at-most 4GiB")
+	$(BIN)/python loadtest/memory_ceiling.py --suite --capacity-page docs/capacity.md $(ARGS)
+
+vm: $(VENV)/.dev ## the tests of limits and jails on cgroup v2, in a virtual machine (ARGS="--help")
+	$(BIN)/python -m tests.vm $(ARGS)
 
 clean: ## remove .venv and what tools left
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -68,6 +74,10 @@ $(VENV)/.made: .ci/venv
 $(VENV)/.runtime: $(VENV)/.made requirements/runtime.lock pyproject.toml
 	$(PIP) install -r requirements/runtime.lock
 	$(PIP) install --no-deps --editable .
+	@touch $@
+
+$(VENV)/.loadtest: $(VENV)/.runtime requirements/loadtest.lock
+	$(PIP) install -r requirements/loadtest.lock
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements/dev.lock

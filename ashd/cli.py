@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ashd import __version__
 from ashd.commands import agents, config, doctor, fleet, serve, sessions
 from ashd.commands.exits import MEANINGS, Exit
+from ashd.commands.output import printable
 from ashd.errors import AshdError, ConfigError
 from ashd.http_client import ServerRefused, ServerUnreachable
 
@@ -73,5 +74,5 @@ def parser() -> argparse.ArgumentParser:
 def _fail(status: Exit, *lines: str) -> int:
     for line in lines:
         if line:
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)  # SECURITY: a server's text may repeat an agent's
     return status

@@ -6,6 +6,7 @@ Leaves out: what is printed about it (commands/).
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -78,22 +79,27 @@ class Client:
         idempotency key, which never starts a second turn. Raises ServerUnreachable after REATTACH_TIMEOUT_S of trying.
         """
         body = json.dumps({"content": content, "includePartialMessages": True}).encode()
-        start = ("POST", f"/api/sessions/{session_id}/messages", body, {"Idempotency-Key": str(uuid.uuid4())})
-        cursor, deadline = "", None
+        session = f"/api/sessions/{urllib.parse.quote(session_id, safe='')}"
+        start = ("POST", f"{session}/messages", body, {"Idempotency-Key": str(uuid.uuid4())})
+        cursor = ""
+        deadline = 0.0  # until the server has answered, there is nothing to take up again
         while True:
-            follow = ("GET", f"/api/sessions/{session_id}/stream", None, {"Last-Event-ID": cursor})
+            follow = ("GET", f"{session}/stream", None, {"Last-Event-ID": cursor})
             method, path, content_bytes, headers = follow if cursor else start
             try:
                 stream = self._send(method, path, body=content_bytes, headers=headers)
+                deadline = deadline or time.monotonic() + REATTACH_TIMEOUT_S
                 for frame in _frames(stream):
                     cursor, deadline = frame.id or cursor, time.monotonic() + REATTACH_TIMEOUT_S
                     yield frame
                     if frame.event == "done":
                         return
+            except ValueError:
+                raise _not_ashd(self.server, 200) from None
             except (AshdError, OSError, http.client.HTTPException) as error:
-                if deadline is None or not _may_pass(error):
+                if not deadline or not _may_pass(error):
                     raise
-            if deadline is None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise ServerUnreachable(f"The stream from {self.server} ended early and did not come back.")
             time.sleep(REATTACH_PAUSE_S)
 
@@ -116,6 +122,8 @@ class Client:
             connection.request(method, path, body=body, headers=self._headers(path) | (headers or {}))
         except (BrokenPipeError, ConnectionResetError):
             pass  # the server may have answered (413) and closed before it took the whole body
+        except OSError as error:
+            raise ServerUnreachable(f"{self.server} does not take the request ({_reason(error)}).") from None
         try:
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
@@ -125,15 +133,21 @@ class Client:
         return response
 
     def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        url = urllib.parse.urlsplit(self.server)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise AshdError(f'"{self.server}" is not a server: write e.g. http://127.0.0.1:4100', code="usage")
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        return kind(url.hostname, url.port, timeout=timeout_s)
+        kinds: dict[str, type[http.client.HTTPConnection]] = {
+            "http": http.client.HTTPConnection,
+            "https": http.client.HTTPSConnection,
+        }
+        with contextlib.suppress(ValueError):  # of a port that is none, half a bracket
+            url = urllib.parse.urlsplit(self.server)
+            if url.scheme in kinds and url.hostname:
+                return kinds[url.scheme](url.hostname, url.port, timeout=timeout_s)
+        raise AshdError(f'"{self.server}" is not a server: write e.g. http://127.0.0.1:4100', code="usage")
 
     def _headers(self, path: str) -> dict[str, str]:
         internal = path.startswith("/api/internal/")
         key = (self._internal_secret or self._api_key) if internal else self._api_key
+        if key and not (key.isascii() and key.isprintable()):
+            raise AshdError("The key has characters that no key has; copy it again.", code="usage")
         return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def _json(self, response: http.client.HTTPResponse) -> Any:
@@ -142,7 +156,11 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise ServerUnreachable(f"{self.server} stopped in mid-answer ({_reason(error)}).") from None
         except ValueError:
-            raise ServerRefused(response.status, f"{self.server} does not answer like ashd.", "not_ashd") from None
+            raise _not_ashd(self.server, response.status) from None
+
+
+def _not_ashd(server: str, status: int) -> ServerRefused:
+    return ServerRefused(status, f"{server} does not answer like ashd.", "not_ashd")
 
 
 def _may_pass(error: Exception) -> bool:

@@ -86,7 +86,12 @@ class Summary:
 
 
 class Failure(Exception):
-    """A request did not do what it should have."""
+    """A request did not do what it should have. `status` is 0 where there was no answer, or a broken one."""
+
+    def __init__(self, text: str, status: int = 0, code: str = "") -> None:
+        super().__init__(text)
+        self.status = status
+        self.code = code
 
 
 class Connection:
@@ -140,7 +145,8 @@ class Connection:
             response = http.client.HTTPResponse(self._http.sock, method=method)
             response.begin()
             if response.status >= 400:
-                raise Failure(f"{method} {path}: {response.status} {_reason(response.read(4096))}")
+                text, code = _reason(response.read(4096))
+                raise Failure(f"{method} {path}: {response.status} {text}", response.status, code)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise Failure(f"{method} {path}: {error!r}") from None
@@ -189,11 +195,13 @@ def _assistant_text(message: dict[str, Any]) -> str:
     return "".join(block.get("text", "") for block in message["message"]["content"])
 
 
-def _reason(body: bytes) -> str:
+def _reason(body: bytes) -> tuple[str, str]:
+    """Text and code of an error's envelope; of anything else its beginning, and no code."""
     try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return body[:200].decode("utf-8", "replace")
+        envelope = json.loads(body)
+        return str(envelope["error"]), str(envelope.get("code", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:200].decode("utf-8", "replace"), ""
 
 
 # ---------------------------------------------------------------- one run
@@ -366,9 +374,10 @@ class Roundtrip:
                 break
             try:
                 act(connection, number, worker) if named else act(connection, number)
-            except Failure as failure:
+            except Exception as failure:  # an answer of another shape, too, is a failure and not the thread's end
+                connection.close()
                 with self._lock:
-                    run.failed(failure)
+                    run.failed(failure if isinstance(failure, Failure) else Failure(f"broken answer: {failure!r}"))
         connection.close()
 
 
@@ -445,7 +454,7 @@ def commit() -> str:
     return name.stdout.strip() + (" with uncommitted changes" if changed.stdout.strip() else "")
 
 
-def shown_command(argv: Sequence[str]) -> str:
+def shown_command(argv: Sequence[str], script: str = "roundtrip.py") -> str:
     """The command line without the key, and without what only describes the measurement."""
     shown: list[str] = []
     rest = iter(argv)
@@ -456,7 +465,7 @@ def shown_command(argv: Sequence[str]) -> str:
                 next(rest, None)
         else:
             shown.append(shlex.quote(argument))
-    return " ".join(["python loadtest/roundtrip.py", *shown])
+    return " ".join([f"python loadtest/{script}", *shown])
 
 
 def write_measurement(folder: Path, report: dict[str, Any], today: str) -> Path:
@@ -515,21 +524,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--url", default="http://127.0.0.1:4100", help="default: %(default)s")
     top.add_argument("--api-key", default=os.environ.get("ASH_API_KEY"), metavar="KEY", help="default: ASH_API_KEY")
     top.add_argument("--agent", metavar="NAME", help="an agent that is there; default: an echo agent made and removed")
-    top.add_argument("--sessions", type=_count(MOST_SESSIONS), default=20, metavar="N", help="default: %(default)s")
+    top.add_argument("--sessions", type=count(MOST_SESSIONS), default=20, metavar="N", help="default: %(default)s")
     top.add_argument(
-        "--messages", type=_count(MOST_MESSAGES, least=0), default=200, metavar="N", help="in all; default: %(default)s"
+        "--messages", type=count(MOST_MESSAGES, least=0), default=200, metavar="N", help="in all; default: %(default)s"
     )
     top.add_argument(
         "--concurrency",
-        type=_count(MOST_CONCURRENCY),
+        type=count(MOST_CONCURRENCY),
         nargs="+",
         default=[1],
         metavar="N",
         help="clients at once; several numbers are measured one after the other (default: 1)",
     )
-    top.add_argument("--max-seconds", type=_count(MOST_SECONDS), default=120, metavar="S", help="default: %(default)s")
+    top.add_argument("--max-seconds", type=count(MOST_SECONDS), default=120, metavar="S", help="default: %(default)s")
     top.add_argument(
-        "--timeout", type=_count(MOST_SECONDS), default=30, metavar="S", help="of a request; default: %(default)s"
+        "--timeout", type=count(MOST_SECONDS), default=30, metavar="S", help="of a request; default: %(default)s"
     )
     top.add_argument("--json", type=Path, metavar="FILE", help="write the report, raw latencies included")
     top.add_argument(
@@ -542,8 +551,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _count(most: int, *, least: int = 1) -> Callable[[str], int]:
-    def count(text: str) -> int:
+def count(most: int, *, least: int = 1) -> Callable[[str], int]:
+    """A type of whole numbers for argparse."""
+
+    def checked(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -552,7 +563,7 @@ def _count(most: int, *, least: int = 1) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
         return value
 
-    return count
+    return checked
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

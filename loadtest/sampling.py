@@ -148,8 +148,7 @@ class _Zygote:
 
 def _measure(sandboxes: list[SandboxTask], groups_of: Callable[[str], list[Path]], seconds: float) -> Numbers:
     counters_us, processes_us = (_cost_us(sandboxes, groups_of, processes_too=deep) for deep in (False, True))
-    late_without_ms, idle_s = asyncio.run(_lateness_ms(min(seconds, 10.0)))
-    idle_percent = 100 * idle_s / min(seconds, 10.0)
+    before = asyncio.run(_watch_a_loop(seconds / 3))
     sampler = Sampler(lambda: sandboxes, groups_of, lambda: Pace(SHARE))
     thread_s: list[float] = []
 
@@ -160,7 +159,7 @@ def _measure(sandboxes: list[SandboxTask], groups_of: Callable[[str], list[Path]
     thread = threading.Thread(target=work)
     began_s = time.monotonic()
     thread.start()
-    late_with_ms, process_s = asyncio.run(_lateness_ms(seconds))
+    during = asyncio.run(_watch_a_loop(seconds))
     took_s = time.monotonic() - began_s
     records = sampler._records.values()
     oldest_s = time.monotonic() - min(record.processes_at for record in records)
@@ -175,10 +174,10 @@ def _measure(sandboxes: list[SandboxTask], groups_of: Callable[[str], list[Path]
         took_s,
         sampler.looks,
         100 * thread_s[0] / took_s,
-        100 * process_s / took_s - idle_percent,
+        100 * (during.process_s - before.process_s / before.wakes * during.wakes) / took_s,
         oldest_s if known == len(sandboxes) else float("inf"),
-        late_without_ms,
-        late_with_ms,
+        before.late_ms,
+        during.late_ms,
         _scan_ms(),
     )
 
@@ -194,16 +193,24 @@ def _cost_us(sandboxes: list[SandboxTask], groups_of: Callable[[str], list[Path]
     return 1e6 * (time.thread_time() - began_s) / len(sandboxes)
 
 
-async def _lateness_ms(seconds: float) -> tuple[float, float]:
-    """An event loop that only wants to wake every 5 ms: how late it is at the 99th percentile, and what the whole
-    process used meanwhile.
+@dataclass(frozen=True)
+class Loop:
+    """An event loop that only wants to wake every 5 ms: how often it did, how late it was at the 99th percentile, and
+    what the whole process used meanwhile.
     """
+
+    wakes: int
+    late_ms: float
+    process_s: float
+
+
+async def _watch_a_loop(seconds: float) -> Loop:
     late_ms: list[float] = []
     began_s, ends_s = time.process_time(), time.monotonic() + seconds
     while (now := time.monotonic()) < ends_s:
         await asyncio.sleep(0.005)
         late_ms.append(1000 * (time.monotonic() - now - 0.005))
-    return statistics.quantiles(late_ms, n=100)[98], time.process_time() - began_s
+    return Loop(len(late_ms), statistics.quantiles(late_ms, n=100)[98], time.process_time() - began_s)
 
 
 def _scan_ms() -> float:
@@ -219,6 +226,10 @@ def _scan_ms() -> float:
 
 def _page(numbers: Numbers, options: argparse.Namespace) -> str:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
+    release, python = ".".join(platform.release().split(".")[:2]), platform.python_version()
+    machine = (
+        f"{os.cpu_count()} CPUs, {memory_gib:.0f} GiB, Linux {release}, Python {python}; load {os.getloadavg()[0]:.0f}"
+    )
     chosen = f"--sandboxes {options.sandboxes} --busy {options.busy} --seconds {options.seconds:g}"
     groups = "each in cgroups of its own" if numbers.with_groups else "without cgroups"
     return f"""# Cost of knowing what sandboxes use, {datetime.now(UTC):%Y-%m-%d}
@@ -226,7 +237,7 @@ def _page(numbers: Numbers, options: argparse.Namespace) -> str:
 Written by `loadtest/sampling.py --write-measurement`; what each row means is said in
 [loadtest/README.md](../../loadtest/README.md).
 
-* machine: {os.cpu_count()} CPUs, {memory_gib:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}
+* machine: {machine}
 * command: `python loadtest/sampling.py {chosen}`
 * {numbers.sandboxes} sandboxes of two idle processes, {groups}, {options.busy} of them taken for running
 
@@ -235,7 +246,7 @@ Written by `loadtest/sampling.py --write-measurement`; what each row means is sa
 | one look at a sandbox's counters, µs of CPU | {numbers.counters_us:.0f} |
 | one look at its processes too, µs of CPU | {numbers.processes_us:.0f} |
 | sampler's thread, % of one core | {numbers.thread_percent:.2f} |
-| whole process, beyond the same without sampler, % of one core | {numbers.process_percent:.2f} |
+| whole process, beyond as many turns of its loop without sampler, % of one core | {numbers.process_percent:.2f} |
 | looks in {numbers.seconds:.0f} s | {numbers.looks} |
 | oldest PSS of all sandboxes at the end, s | {numbers.oldest_s:.0f} |
 | event loop late without sampler, p99, ms | {numbers.late_without_ms:.2f} |

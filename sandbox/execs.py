@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from sandbox.pace import Pace
+
 TOOL, AGENT = "tool", "agent"
 _TOOLS_FIRST = 1000
 """oom_score_adj of a tool: where agent and tools together fill the sandbox, a tool is the one to go."""
@@ -52,6 +54,7 @@ _channel: socket.socket | None = None
 _HERE = b"L"
 _NEXT_IS_AGENT = b"A"
 _REMEMBERED = 256
+_MOST_READS = 64
 _NAMES_WITHIN_S = 0.02
 FOREVER = float("inf")
 
@@ -141,7 +144,8 @@ class Execs:
     """Answers for each program the agent executes, in a keeper's selector.
 
     `died` hears of the end of each remembered program, with the signal that killed it where that can be known.
-    SECURITY: remembers at most _REMEMBERED programs; those beyond are moved all the same. Waits for nobody, and so
+    SECURITY: remembers at most _REMEMBERED programs; those beyond are moved all the same. Answers `per_s` a second on
+    average, because asking costs a sandbox less than answering costs us; those beyond wait. Waits for nobody, and so
     never reads a process's memory, where a page may be made to keep its reader: names are asked of the kernel, once
     what is executed has begun.
     """
@@ -152,10 +156,13 @@ class Execs:
         channel: socket.socket,
         bridge_pid: int,
         tools: Path,
+        per_s: float,
         died: Callable[[Program, int | None], None],
     ) -> None:
         self.deadline = FOREVER
-        """When `learn_names` wants to be called."""
+        """When `catch_up` wants to be called."""
+        self._pace = Pace(per_s)
+        self._is_paused = False
         self._selector = selector
         self._channel = channel
         self._bridge_pid = bridge_pid
@@ -186,9 +193,19 @@ class Execs:
         for pid in list(self._programs):
             self._remembered(pid)
 
+    def catch_up(self) -> None:
+        """What is due: names, and answers again after a pause."""
+        self.deadline = FOREVER
+        self.learn_names()
+        if self._is_paused:
+            if time.monotonic() < self._pace.resume_at:
+                self.deadline = self._pace.resume_at
+            else:
+                self._is_paused = False
+                self._selector.register(self._listener, selectors.EVENT_READ, self._answer)
+
     def learn_names(self) -> None:
         """Asks the kernel what the newest programs are called."""
-        self.deadline = FOREVER
         while self._unnamed:
             pid = self._unnamed.pop()
             self._programs[pid][0].name = _name_of(pid)
@@ -210,6 +227,11 @@ class Execs:
             self._place(number, pid)
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._listener, _SEND, bytearray(_ANSWER.pack(number, 0, 0, _CONTINUE)))
+        self._pace.spend(1)
+        if self._pace.resume_at > time.monotonic():
+            self._is_paused = True
+            self._selector.unregister(self._listener)
+            self.deadline = min(self.deadline, self._pace.resume_at)
 
     def _place(self, number: int, pid: int) -> None:
         """Puts a process that is about to execute where it belongs, and remembers it. Raises OSError."""
@@ -234,18 +256,18 @@ class Execs:
 
     def _meet(self, pid: int, proc: int) -> Program:
         """A process that executes for the first time; one that executes again stays where it is."""
-        status = dict(line.split(":", 1) for line in _read_at(proc, "status").splitlines())
-        scope = self._scope_of(int(status["PPid"]))
+        parent, inner_pid = _relations(proc)
+        scope = self._scope_of(parent)
         if scope == TOOL:
             os.write(self._tools, str(pid).encode())
             _write_at(proc, "oom_score_adj", str(_TOOLS_FIRST))
-        return Program(int(status["NSpid"].split()[-1]), scope)
+        return Program(inner_pid, scope)
 
     def _scope_of(self, parent: int) -> str:
         """Whether it is the agent, announced by the bridge, or a tool."""
         with contextlib.suppress(BlockingIOError):  # ORDER: announced before it was forked, so the word is there by now
-            while said := self._channel.recv(4096):
-                self._agent_is_next = _NEXT_IS_AGENT in said
+            for _ in range(_MOST_READS):  # whoever fills it on and on isn't waited for
+                self._agent_is_next = _NEXT_IS_AGENT in self._channel.recv(4096)
         if parent == self._bridge_pid and self._agent_is_next:
             self._agent_is_next = False
             return AGENT
@@ -301,9 +323,16 @@ def _last_of(pid: int) -> tuple[int | None, str]:
     return (int(fields[49]) & 0x7F, _name_of(pid)) if fields[0] == b"Z" else (None, "")
 
 
-def _read_at(proc: int, name: str) -> str:
-    with open(name, errors="replace", opener=lambda path, flags: os.open(path, flags, dir_fd=proc)) as file:
-        return file.read()
+def _relations(proc: int) -> tuple[int, int]:
+    """A process's parent, and the pid it has in its innermost namespace."""
+    file = os.open("status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        status = os.read(file, 4096)
+    finally:
+        os.close(file)
+    _, _, parent = status.partition(b"\nPPid:")
+    _, _, pids = parent.partition(b"\nNSpid:")
+    return int(parent.partition(b"\n")[0]), int(pids.partition(b"\n")[0].split()[-1])
 
 
 def _write_at(proc: int, name: str, value: str) -> None:

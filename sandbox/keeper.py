@@ -28,7 +28,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, NotRequired, TypedDict
 
-from sandbox import jail
+from sandbox import jail, outcomes
 from sandbox.dropped import Dropped
 from sandbox.execs import AGENT, FOREVER
 from sandbox.frames import Frames, agents_code, text_of, timing_of
@@ -47,6 +47,7 @@ _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
 _MAX_KILLS = 100
 _EVENTS_PER_S = 500
+_EXECS_PER_S = 1000
 
 
 class Bounds(TypedDict):
@@ -58,6 +59,7 @@ class Bounds(TypedDict):
     max_log_bytes: int
     kill_timeout_s: float
     max_events_per_s: NotRequired[float]
+    max_execs_per_s: NotRequired[float]
 
 
 class Request(TypedDict):
@@ -146,6 +148,7 @@ class Keeper:
             self._logs,
             self._from_bridge,
             tools=Path(group["folder"], "tools") if group else None,
+            execs_per_s=self._bounds.get("max_execs_per_s", _EXECS_PER_S),
             died=self._memory.died,
         )
         self._bridge, self._execs = self._processes.bridge, self._processes.execs
@@ -154,6 +157,7 @@ class Keeper:
             "turn": self._start_turn,
             "interrupt": self._stop_turn,
             "acked": self._acknowledge,
+            "note": self._note,
             "end": self._stop,
         }
         self._supervisor = Reception("keeper.sock", self._selector, self._standing, commands)
@@ -181,12 +185,12 @@ class Keeper:
     def _meet_deadlines(self) -> None:
         now = time.monotonic()
         if now >= self._turn_deadline:
-            self._interrupt("timeout")
+            self._interrupt(outcomes.TIMEOUT)
         if now >= self._kill_deadline:
             self._kill_deadline = FOREVER
             self._force()
         if self._execs and now >= self._execs.deadline:
-            self._execs.learn_names()
+            self._execs.catch_up()
         if now >= self._memory.deadline:
             self._memory.look()
 
@@ -203,7 +207,7 @@ class Keeper:
             self._life = Life.ENDING
             self._cause = cause
             self._turn_deadline = FOREVER
-            self._interrupted_as = self._interrupted_as or "interrupted"  # whatever the bridge will say of an open turn
+            self._interrupted_as = self._interrupted_as or outcomes.of_cause(cause)  # whatever the bridge will say
             self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
             self._bridge.send(encode_line({"type": "end"}))
 
@@ -297,12 +301,16 @@ class Keeper:
         if not open_turn or command["turn"] not in ("", open_turn):
             return {"interrupted": False}
         if not self._interrupted_as:
-            self._interrupt("interrupted")
+            self._interrupt(outcomes.INTERRUPTED)
         return {"interrupted": True}
 
     def _acknowledge(self, command: dict[str, Any]) -> None:
         if self._ledger is not None:
             self._ledger.writer.acknowledge(command["seq"])
+
+    def _note(self, command: dict[str, Any]) -> None:
+        """A line in the session's log about what its sandbox was limited in."""
+        self._complain(command["text"])
 
     def _stop(self, command: dict[str, Any]) -> dict[str, Any]:
         self._end(command.get("cause", "ended"))
@@ -345,16 +353,7 @@ class Keeper:
 
     def _settle(self, end: dict[str, Any]) -> None:
         self._look_at_memory()
-        error = text_of(end, "error", "")
-        if self._interrupted_as:
-            outcome = Outcome(self._interrupted_as, *_WHY.get(self._interrupted_as, ("", "")))
-        elif error and self._agent_kill:  # whatever the bridge says, this is why
-            outcome = _oom(self._agent_kill)
-        elif error:
-            outcome = Outcome("failed", error, agents_code(end, "agent.failed"))
-        else:
-            outcome = Outcome("completed")
-        self._settle_as(outcome)
+        self._settle_as(outcomes.of_end(end, self._interrupted_as, self._agent_kill))
         if self._life is Life.READY:
             self._kill_deadline = FOREVER
 
@@ -408,6 +407,8 @@ class Keeper:
             self._dropped.count("memory_kills")
             return
         self._kills_told += 1
+        if kill.scope != AGENT:
+            self._supervisor.tell({"kill": f"{kill.scope}_oom"})
         self._logs.write("system", f"the {kill.scope} used {kill}")
         if self._ledger and self._ledger.turn:
             self._ledger.happened("memory_kill", kill.to_json())
@@ -424,7 +425,7 @@ class Keeper:
             self._memory.died(self._processes.as_program(), os.WTERMSIG(status))
         self._look_at_memory()
         self._processes.log_last_words()
-        cause, outcome = self._verdict(status)
+        cause, outcome = outcomes.of_death(status, self._cause, self._interrupted_as, self._agent_kill)
         if self._ledger is not None:
             if self._ledger.turn:
                 self._settle_as(outcome)
@@ -434,21 +435,6 @@ class Keeper:
         why = f"the sandbox ended while the agent was loaded: {outcome.error}"
         self._supervisor.answer({"error": why, "code": outcome.code})
         self._supervisor.tell({"closed": cause})
-
-    def _verdict(self, status: int) -> tuple[str, Outcome]:
-        """The cause of the sandbox's end, and with it the outcome of a turn that was open."""
-        if self._cause == "timeout":
-            return "timeout", Outcome("timeout", *_WHY["timeout"])
-        if self._cause:
-            return self._cause, Outcome(self._interrupted_as or "interrupted")
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            if number == signal.SIGKILL and self._agent_kill:
-                return "oom", _oom(self._agent_kill)
-            name = signal.Signals(number).name
-            return "killed", Outcome("failed", f"The sandbox was killed by {name}.", "sandbox.killed")
-        code = os.waitstatus_to_exitcode(status)
-        return "exited", Outcome("failed", f"The agent's process exited with code {code}.", "sandbox.exited")
 
     def _write_last_words(self, writer: Writer) -> None:
         deadline = time.monotonic() + self._bounds["kill_timeout_s"]
@@ -460,13 +446,6 @@ class Keeper:
                 if error.errno != errno.ENOSPC:
                     raise
                 time.sleep(_DISK_RETRY_S)  # the next supervisor settles what we couldn't
-
-
-_WHY = {"timeout": ("The turn took longer than it may.", "turn.timeout")}
-
-
-def _oom(kill: Kill) -> Outcome:
-    return Outcome("oom", f"The agent used {kill}", "sandbox.oom", kill.to_json())
 
 
 def _write_whole(path: Path, data: bytes) -> None:

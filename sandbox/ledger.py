@@ -101,7 +101,7 @@ class Ledger:
         self.turn = NO_TURN
 
     def close(self, cause: str, details: dict[str, Any] | None = None, dropped: dict[str, int] | None = None) -> None:
-        """The last event of this sandbox. `cause`: ended, oom, timeout, exited, killed, lost."""
+        """The last event of this sandbox. `cause`: ended, oom, disk, timeout, exited, killed, lost."""
         data = {"action": "sandbox_closed", "cause": cause, **(details or {}), **_dropped(dropped)}
         self.writer.append(Kind.CLOSED, "lifecycle", _payload(data), NO_TURN)
         self.closed = True

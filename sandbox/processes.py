@@ -38,6 +38,7 @@ class Processes:
         received: Callable[[bytes], None],
         *,
         tools: Path | None,
+        execs_per_s: float,
         died: Callable[[Program, int | None], None],
     ) -> None:
         self.exited = False
@@ -65,7 +66,7 @@ class Processes:
             selector.register(read_end, selectors.EVENT_READ, partial(self._log_output, read_end))
         if announcements and tools:
             announcements[1].close()
-            self.execs = Execs(selector, announcements[0], self._pid, tools, died)
+            self.execs = Execs(selector, announcements[0], self._pid, tools, execs_per_s, died)
         selector.register(os.pidfd_open(self._pid), selectors.EVENT_READ, self._bridge_exited)
 
     def _bridge_exited(self, _: int) -> None:

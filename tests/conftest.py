@@ -26,7 +26,7 @@ import pytest
 
 from ashd.store.migrate import migrate
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0 * float(os.environ.get("ASHD_TEST_PATIENCE", "1"))  # more where processors are emulated
 TEMPLATE = "ashd_template"
 
 

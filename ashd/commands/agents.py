@@ -95,8 +95,11 @@ def deploy(client: Client, folder: Path, name: str) -> Any:
     """Send `folder` as the agent `name`; the agent as the server now knows it. Raises Rejected when it is no folder."""
     if not folder.is_dir():
         raise Rejected(f"{folder} is not a folder. An agent is a folder with an agent.yaml, agent.py or CLAUDE.md.")
-    with bundle(folder) as content:
-        return client.put_file(f"/api/agents/{quote(name, safe='')}/bundle", content)["agent"]
+    try:
+        with bundle(folder) as content:
+            return client.put_file(f"/api/agents/{quote(name, safe='')}/bundle", content)["agent"]
+    except OSError as error:  # the client's own are ServerUnreachable by now
+        raise Rejected(f"{error.filename or folder} can't be packed: {error.strerror}") from None
 
 
 @contextmanager

@@ -25,7 +25,10 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def _is_local(server: str) -> bool:
-    return urllib.parse.urlsplit(server).hostname in ("127.0.0.1", "localhost", "::1")
+    try:
+        return urllib.parse.urlsplit(server).hostname in ("127.0.0.1", "localhost", "::1")
+    except ValueError:
+        return False
 
 
 def _read(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from urllib.parse import quote, urlencode
@@ -139,10 +140,10 @@ def print_answer(frames: Iterable[Frame]) -> bool:
         elif frame.event == "tool_use":
             print(f"[{printable(str(frame.data.get('name')))}]", file=sys.stderr)
         elif frame.event == "error":
-            print(f"error: {printable(frame.data['error'])}", file=sys.stderr)
+            print(f"error: {printable(str(frame.data['error']))}", file=sys.stderr)
         elif frame.event == "lifecycle":
-            told = " ".join(f"{name}={value}" for name, value in frame.data.items() if name != "action")
-            print(printable(f"[{frame.data.get('action')}] {told}".strip()).replace("\n", " "), file=sys.stderr)
+            told = json.dumps({name: value for name, value in frame.data.items() if name != "action"})
+            print(printable(f"[{frame.data.get('action')}] {told}").replace("\n", " "), file=sys.stderr)
         elif frame.event == "done":
             outcome = frame.data["outcome"]
         if text:
@@ -161,7 +162,7 @@ def _text_of(message: dict[str, object]) -> str:
     blocks = body.get("content") if isinstance(body, dict) else None
     if isinstance(blocks, str):
         return blocks
-    return "".join(block.get("text", "") for block in blocks or [] if isinstance(block, dict))
+    return "".join(str(block.get("text", "")) for block in blocks or [] if isinstance(block, dict))
 
 
 def _typed_lines() -> Iterator[str]:

@@ -145,7 +145,7 @@ class _Reader:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             self.complain(f"{self.file}:{line}", f"is not YAML: {error.problem}")
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             self.complain(self.file, f"is not YAML: {error}")
         else:
             return self.entries("the file", root) if root else {}

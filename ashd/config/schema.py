@@ -255,6 +255,9 @@ class RunnerConfig:
     memory_pressure: int = setting(20, most=100)
     """No session is admitted while tasks of the host waited for memory more than this share of the last 10 s (%)."""
 
+    disk_headroom: Bytes = setting(Bytes(1024 * MIB), "ASH_DISK_HEADROOM", least=0)
+    """Space kept free where state_dir is: no session is admitted while less is left."""
+
     journal: JournalConfig = field(default_factory=JournalConfig)
     """Bounds of a sandbox's journal."""
 

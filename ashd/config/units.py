@@ -52,4 +52,7 @@ def _split(text: str, *, hint: str) -> tuple[float, str]:
     match = _NUMBER_AND_UNIT.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"is not {hint}")
-    return float(match[1]), match[2]
+    number = float(match[1])
+    if number > 2**53:  # from here on floats leave whole numbers out
+        raise ValueError("is too large")
+    return number, match[2]

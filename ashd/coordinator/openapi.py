@@ -205,6 +205,7 @@ def _sessions() -> Data:
 
 def _messages() -> Data:
     after, limit = _query("after", _integer(0, default=0), "Those behind this number."), _LIMIT
+    pages = "After 8 MiB a page ends early: only an empty one is the end."
     return {
         "/api/sessions/{session_id}/messages": _path(
             [_SESSION],
@@ -214,6 +215,7 @@ def _messages() -> Data:
                 _ok(_object({"messages": _array(_ref("Message"))})),
                 (400, 401, 404),
                 parameters=[after, limit],
+                description=pages,
             ),
             post=_op(
                 "Messages",
@@ -239,6 +241,7 @@ def _messages() -> Data:
                 _ok(_object({"events": _array(_ref("SessionEvent"))})),
                 (400, 401, 404),
                 parameters=[after, limit, _query("type", {"enum": list(messages.EVENT_TYPES)}, "Of this type only.")],
+                description=pages,
             ),
         ),
         "/api/sessions/{session_id}/turns": _path(

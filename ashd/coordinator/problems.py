@@ -82,6 +82,12 @@ async def _unexpected(req: Request, resp: Response, error: Exception, params: di
     _write(req, resp, 500, text, "fault", retryable=False)
 
 
+def unread(status: int, why: str) -> bytes:
+    """The envelope for a request that the server has refused before there was anybody to ask."""
+    code, text = ("fault", "Internal error") if status == 500 else ("request.invalid", f"Unreadable: {why:.200}")
+    return json.dumps({"error": text, "statusCode": status, "code": code, "retryable": False}).encode("ascii")
+
+
 def request_id(req: Request) -> str:
     """The id of the request, once the middleware has given it one."""
     return str(getattr(req.context, "request_id", "-"))

@@ -18,6 +18,8 @@ from ashd.wire.v1 import events_pb2, registry_pb2
 
 _log = log.get(__name__)
 
+_SAVED = (events_pb2.MESSAGE, events_pb2.TIMELINE, events_pb2.SETTLED, events_pb2.CLOSED)
+
 
 async def record(db: Database, request: registry_pb2.RecordRequest) -> registry_pb2.RecordResponse:
     """Commits one batch of many sessions' events. A session whose events can't be stored is answered as stale, which
@@ -55,8 +57,14 @@ def _measure(batches: list[events.Batch], took_s: float) -> None:
 
 def _batch_of(session: registry_pb2.SessionEvents) -> events.Batch:
     """One session's events as rows. Raises ValueError: Postgres would refuse them, and the whole batch with them."""
-    uuid.UUID(session.session_id)
+    if _canonical(session.session_id) != session.session_id:
+        raise ValueError("its session is not named as we name it")
     return events.Batch(session.session_id, session.epoch, [_event_of(event) for event in session.events])
+
+
+def _canonical(identity: str) -> str:
+    """Raises ValueError."""
+    return str(uuid.UUID(identity))
 
 
 def _storable(value: Any) -> str | None:
@@ -70,14 +78,14 @@ def _storable(value: Any) -> str | None:
 
 def _event_of(event: events_pb2.Event) -> events.NewEvent:
     """One event as a row. Raises ValueError."""
-    end: dict[str, Any] = {}
-    if event.kind in (events_pb2.SETTLED, events_pb2.CLOSED):
-        end = json.loads(event.payload)
+    if event.kind not in _SAVED or event.seq < 1 or "\0" in event.type or b"\0" in event.payload:
+        raise ValueError(f"event {event.seq} of kind {event.kind} and type {event.type!r:.100} is none")
+    end = _end_of(event) if event.kind in (events_pb2.SETTLED, events_pb2.CLOSED) else {}
     usage = end.get("usage")
     return events.NewEvent(
         kind=event.kind,
         seq=event.seq,
-        turn_id=str(uuid.UUID(event.turn_id)) if event.turn_id else None,
+        turn_id=_canonical(event.turn_id) if event.turn_id else None,
         type=event.type,
         data=event.payload.decode("ascii"),
         outcome=_storable(end.get("outcome")),
@@ -86,3 +94,14 @@ def _event_of(event: events_pb2.Event) -> events.NewEvent:
         usage=json.dumps(usage) if usage else None,
         cause=_storable(end.get("cause")),
     )
+
+
+def _end_of(event: events_pb2.Event) -> dict[str, Any]:
+    """How a turn or a sandbox ended. Raises ValueError."""
+    try:
+        end = json.loads(event.payload)
+    except RecursionError:
+        raise ValueError("an end is nested too deep") from None
+    if not isinstance(end, dict) or (event.kind == events_pb2.SETTLED and not end.get("outcome")):
+        raise ValueError(f"event {event.seq} does not say how it ended")
+    return end

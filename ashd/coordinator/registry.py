@@ -17,6 +17,7 @@ from grpc import aio
 from ashd import log
 from ashd.coordinator import metrics
 from ashd.coordinator.record import record
+from ashd.coordinator.request import UUID
 from ashd.domain.isolation import LEVELS
 from ashd.errors import AshdError, NotFound, Rejected
 from ashd.store import bundles, runners
@@ -27,6 +28,8 @@ from ashd.wire.v1 import registry_pb2, registry_pb2_grpc
 
 _log = log.get(__name__)
 RUNNER_ID = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
+_PRINTABLE = re.compile(r"[\x21-\x7e]{0,1023}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _REASON_LENGTH = 200
 _WORD = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -69,7 +72,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
     ) -> AsyncIterator[registry_pb2.HeartbeatResponse]:
         async for request in request_iterator:
             try:
-                if not await runners.heartbeat(self._db, request.runner_id, _report_of(request)):
+                if not await runners.heartbeat(self._db, _runner_id(request.runner_id), _report_of(request)):
                     raise NotFound(f"runner {request.runner_id} is not registered; register again")
                 stale = await self._compare(request)
             except AshdError as error:
@@ -100,7 +103,7 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
         self, request: registry_pb2.DeregisterRequest, context: Context
     ) -> registry_pb2.DeregisterResponse:
         try:
-            taken = await runners.deregister(self._db, request.runner_id)
+            taken = await runners.deregister(self._db, _runner_id(request.runner_id))
         except AshdError as error:
             await _refuse("Deregister", context, error)
         _log.info("runner deregistered", runner=request.runner_id, sessions_paused=len(taken))
@@ -110,6 +113,8 @@ class RegistryService(registry_pb2_grpc.RunnerRegistryServicer):
         self, request: registry_pb2.FetchBundleRequest, context: Context
     ) -> AsyncIterator[registry_pb2.BundleChunk]:
         try:
+            if not _DIGEST.fullmatch(request.digest):
+                raise NotFound("Bundle not found", code="bundle.not_found")
             async for chunk in bundles.read(self._db, request.digest):
                 yield registry_pb2.BundleChunk(data=chunk)
         except AshdError as error:
@@ -124,12 +129,12 @@ async def _refuse(method: str, context: Context, error: AshdError) -> NoReturn:
 
 def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registration:
     """What a runner says of itself. Raises Rejected."""
-    if not RUNNER_ID.fullmatch(request.runner_id):
-        raise Rejected(f"runner_id must match {RUNNER_ID.pattern}")
     if request.max_sandboxes < 0 or not request.host:
         raise Rejected("a runner needs a host and a max_sandboxes of at least 0")
+    if not all(map(_PRINTABLE.fullmatch, (request.host, request.address, request.version, *request.enforced))):
+        raise Rejected("host, address, version and what is enforced must be printable ASCII without spaces")
     return runners.Registration(
-        id=request.runner_id,
+        id=_runner_id(request.runner_id),
         host=request.host,
         port=request.port,
         address=request.address or f"{request.host}:{request.port}",
@@ -138,6 +143,12 @@ def _registration_of(request: registry_pb2.RegisterRequest) -> runners.Registrat
         isolation=request.isolation if request.isolation in LEVELS else "",
         enforced=list(request.enforced),
     )
+
+
+def _runner_id(given: str) -> str:
+    if not RUNNER_ID.fullmatch(given):
+        raise Rejected(f"runner_id must match {RUNNER_ID.pattern}")
+    return given
 
 
 def _report_of(request: registry_pb2.HeartbeatRequest) -> runners.Report:
@@ -176,6 +187,9 @@ def counters(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _leases_of(leases: Any) -> list[Lease]:
+    """What a runner says it has. Raises Rejected: one id that is none would fail the statement for all."""
+    if not all(UUID.fullmatch(lease.session_id) for lease in leases):
+        raise Rejected("the session_id of a lease must be a uuid")
     return [Lease(lease.session_id, lease.epoch) for lease in leases]
 
 

@@ -21,7 +21,7 @@ from ashd.errors import Rejected
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 async def json_object(req: Request, limit_bytes: int, *, optional: bool = False, advice: str = "") -> Fields:
@@ -197,7 +197,7 @@ class Fields:
 
 def path_id(value: str, name: str) -> str:
     """A uuid in a path, in its canonical form (RFC 9562: small letters)."""
-    if not _UUID.fullmatch(value):
+    if not UUID.fullmatch(value):
         raise Rejected(f"{name} in the path must be a uuid", code="request.invalid")
     return value.lower()
 

@@ -1,5 +1,5 @@
-"""gunicorn's asyncio worker, with what it leaves out: the backlog, send buffers, and an end that doesn't wait for
-streams.
+"""gunicorn's asyncio worker, with what it leaves out: the backlog, send buffers, our envelope around what it refuses by
+itself, and an end that doesn't wait for streams.
 
 Checked against gunicorn 27.0; each override says what it stands in for.
 """
@@ -10,12 +10,20 @@ import logging
 import os
 import signal
 import socket
+import uuid
+from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn.asgi.protocol import ASGIProtocol
 from gunicorn.glogging import Logger
 from gunicorn.workers import gasgi
 from setproctitle import setproctitle
+
+from ashd import log
+from ashd.coordinator import problems
+
+_log = log.get(__name__)
 
 _HELD_BACK = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 
@@ -42,6 +50,22 @@ class Connection(ASGIProtocol):  # type: ignore[misc]
     def _cancel_keepalive_timer(self) -> None:
         super()._cancel_keepalive_timer()
         self.worker.idle.discard(self)
+
+    def _send_error_response(self, status: int, message: str, extra_headers: Iterable[tuple[str, str]] = ()) -> None:
+        """What is refused without asking the application, such as a broken request line: our envelope, where gunicorn
+        sends plain text.
+        """
+        request_id, body = str(uuid.uuid4()), problems.unread(status, message)
+        _log.info("request refused unread", request=request_id, status=status)
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("X-Request-Id", request_id),
+            *extra_headers,
+            ("Connection", "close"),
+        ]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in headers)]
+        self._safe_write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     def close_idle(self) -> None:
         """As if its time were over."""

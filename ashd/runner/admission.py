@@ -1,7 +1,7 @@
-"""Admission: no session is taken while the host has too little memory left, or is pressed for it.
+"""Admission: no session is taken while the host has too little memory or disk left, or is pressed for memory.
 
 Covers: the rule, what sandboxes being started will take, resuming with a margin. Leaves out: reading the memory
-(host_memory.py), slots and draining (supervisor.py).
+(host_memory.py) and the disk (disk.py), slots and draining (supervisor.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FRESH_S = 0.1
 LEAST_SANDBOX_BYTES = 8 * 1024 * 1024
 """What a sandbox takes before any was looked at: keeper and bridge with a small agent."""
 _MIB = 1024 * 1024
-_MEMORY, _PRESSURE = "memory", "pressure"
+_MEMORY, _PRESSURE, _DISK = "memory", "pressure", "disk"
 _OFF_PRESSURE = 100
 
 
 class Admission:
-    """Decides whether another sandbox may begin. `refusing` is why not, in a word: memory, pressure; or empty. `why` is
-    the same in a sentence.
+    """Decides whether another sandbox may begin. `refusing` is why not, in a word: memory, pressure, disk; or empty.
+    `why` is the same in a sentence.
     """
 
     def __init__(
@@ -33,19 +33,27 @@ class Admission:
         most_pressure: int,
         read: Callable[[], Reading],
         sandbox_bytes: Callable[[], int],
+        disk_shortage: Callable[[], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`sandbox_bytes`: what a sandbox takes on average, 0 = not known yet."""
+        """`sandbox_bytes`: what a sandbox takes on average, 0 = not known yet; `disk_shortage`: what the disk lacks."""
         self._headroom = headroom_bytes
         self._most_pressure = most_pressure
         self._read = read
         self._sandbox_bytes = sandbox_bytes
+        self._disk_shortage = disk_shortage
         self._clock = clock
         self._read_at = -1e9
         self._reading = Reading(0)
+        self._no_disk = ""
         self._beginning = 0
         self.refusing = ""
         self.why = ""
+
+    @property
+    def statement(self) -> str:
+        """What coordinators are told: empty while sessions are admitted."""
+        return f"{self.refusing}: {self.why}" if self.refusing else ""
 
     def allows(self) -> bool:
         """Whether another sandbox may begin now."""
@@ -72,6 +80,7 @@ class Admission:
     def _look(self) -> None:
         if self._clock() - self._read_at >= FRESH_S:
             self._reading = self._read()
+            self._no_disk = self._disk_shortage()
             self._read_at = self._clock()
         left = self._reading.available_bytes - self._promised_bytes()
         # Once refusing, a little more than the least is asked for: else it would be on and off with each session.
@@ -81,6 +90,8 @@ class Admission:
             self._refuse(_MEMORY, self._too_little(left))
         elif self._most_pressure < _OFF_PRESSURE and self._reading.pressure > most:
             self._refuse(_PRESSURE, self._too_pressed())
+        elif self._no_disk:
+            self._refuse(_DISK, self._no_disk)
         else:
             self.refusing = self.why = ""
 

@@ -57,6 +57,7 @@ class Adoption:
         except SandboxFailed:
             self._tending.bury(sandbox)
             return
+        self._host.adopt(sandbox)
         sandbox.learn(Fact.FORKED)
         if lease is None:
             sandbox.tell("end", cause="not_adopted")  # warm: cheaper made new than asked about

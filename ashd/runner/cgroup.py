@@ -272,6 +272,15 @@ def leftovers(hierarchies: list[Hierarchy], known: set[str]) -> set[str]:
     }
 
 
+def members(hierarchies: list[Hierarchy], name: str) -> list[int]:
+    """The processes in a sandbox's group and in groups made below it; none where it has no group."""
+    for hierarchy in hierarchies:
+        with contextlib.suppress(OSError):
+            lists = [(Path(folder) / "cgroup.procs") for folder, _, _ in os.walk(hierarchy.parent / name)]
+            return [int(pid) for listed in lists for pid in listed.read_text().split()]
+    return []
+
+
 async def remove(hierarchies: list[Hierarchy], name: str) -> bool:
     """Kills whatever still runs in a sandbox's groups and removes them; False if something would not die in about a
     second.

@@ -9,6 +9,7 @@ While one batch is being committed the next collects: the slower the database, t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -68,22 +69,21 @@ class Recorder:
 
     def _next_part(self, sandbox: SandboxTask) -> _Part | None:
         """The sandbox's next saved events, if there are any. Deltas on the way to them are passed for good."""
+        acked = Position(sandbox.recording.acked_seq, 0)
         try:
-            reader = Reader(sandbox.journal, Position(sandbox.recording.acked_seq, 0), sandbox.recorded_to)
-        except (OSError, Corrupt) as error:
-            sandbox.log.error("journal can't be read", error=str(error))
-            return None
-        try:
-            while records := reader.read(_SESSION_READ_BYTES):
-                if events := [event_of(record) for record in saved(records)]:
-                    share = registry_pb2.SessionEvents(session_id=sandbox.session, epoch=sandbox.epoch, events=events)
-                    return _Part(sandbox, share, reader.place)
-                sandbox.recorded_to = reader.place
+            with contextlib.closing(Reader(sandbox.journal, acked, sandbox.recorded_to)) as reader:
+                while records := reader.read(_SESSION_READ_BYTES):
+                    if events := [event_of(record) for record in saved(records)]:
+                        share = registry_pb2.SessionEvents(
+                            session_id=sandbox.session, epoch=sandbox.epoch, events=events
+                        )
+                        return _Part(sandbox, share, reader.place)
+                    sandbox.recorded_to = reader.place
         except Corrupt as error:
             sandbox.log.error("journal is corrupt, ending the sandbox", error=str(error))
             self._supervisor.end_session(sandbox.session, sandbox.epoch, "journal_corrupt")
-        finally:
-            reader.close()
+        except OSError as error:  # tried again when the journal grows, or on the next link
+            sandbox.log.error("journal can't be read", error=str(error))
         return None
 
     async def _commit(self, batch: list[_Part]) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ashd import log
 from ashd.config.schema import RunnerConfig, SandboxLimits
 from ashd.errors import SandboxFailed, Unavailable
 from ashd.runner import cgroup, selftest, workspace
+from ashd.runner.disk import Disk, allowance
+from ashd.runner.disk_watch import Watched, descendants
 from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess
@@ -53,13 +56,17 @@ class SandboxHost:
         self._zygote = ZygoteProcess(selftest.levels_for(config), self._setup, config.spawn_timeout)
         self._is_protected = protect()
         self.isolation = ""
+        self._end_sandbox: Callable[[SandboxTask, str], None] = lambda sandbox, cause: None
         self.enforced: list[str] = []
+        self.disk = Disk(self.folder)
 
-    async def open(self, tasks: asyncio.TaskGroup) -> None:
-        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here.
+    async def open(self, tasks: asyncio.TaskGroup, end_sandbox: Callable[[SandboxTask, str], None]) -> None:
+        """Starts the zygote, kept alive in `tasks`, and learns from it what can be enforced here. `end_sandbox` ends
+        one for a cause.
 
         Raises ConfigError: this host does not give the isolation that is configured.
         """
+        self._end_sandbox = end_sandbox
         started = asyncio.Event()
         tasks.create_task(collect_orphans(lambda: self._zygote.pid), name="orphans")
         tasks.create_task(self._zygote.run(started), name="zygote")
@@ -68,11 +75,14 @@ class SandboxHost:
         report.demand()
         self.isolation = report.level
         self.folder.chmod(0o711 if report.level == "standard" else 0o700)
-        self.enforced = self._what_is_enforced(report)
+        self.disk.open(own_uids="uid" in report.enforced)
+        self.enforced = [*self._what_is_enforced(report), self.disk.enforced]
+        tasks.create_task(self.disk.watch.run(), name="disk watch")
 
     def close(self) -> None:
         """Gives back what all sandboxes shared, once they are gone."""
         cgroup.remove_parents(self._hierarchies)
+        self.disk.close()
 
     def _what_is_enforced(self, report: selftest.Report) -> list[str]:
         enforced = [*cgroup.controllers(self._hierarchies), "rlimits", "no-new-privileges", *report.enforced]
@@ -89,7 +99,8 @@ class SandboxHost:
 
     @property
     def zygote_pid(self) -> int | None:
-        return self._zygote.pid
+        """Of a zygote whose children are keepers, or what keepers left behind."""
+        return self._zygote.pid if self._zygote.is_ready else None
 
     # ------------------------------------------------------------ groups
 
@@ -159,6 +170,7 @@ class SandboxHost:
             if sandbox.uid is not None:
                 os.chown(folder, sandbox.uid, sandbox.uid)
         limits = self._config.limits
+        self.disk.limit(self._watched(sandbox), limits.disk)
         return cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
 
     def _fork_request(self, sandbox: SandboxTask, groups: list[Path]) -> dict[str, Any]:
@@ -185,10 +197,26 @@ class SandboxHost:
             "memory": cgroup.memory_group(self._hierarchies, sandbox.id),
         }
 
+    def _watched(self, sandbox: SandboxTask) -> Watched:
+        return Watched(
+            workspace=sandbox.workspace,
+            uid=sandbox.uid,
+            most=allowance(self._config.limits.disk),
+            processes=lambda: cgroup.members(self._hierarchies, sandbox.id) or descendants(sandbox.keeper_pid),
+            is_busy=lambda: bool(sandbox.open_turn),
+            say=lambda text: sandbox.tell("note", text=text),
+            end=lambda: self._end_sandbox(sandbox, "disk"),
+        )
+
+    def adopt(self, sandbox: SandboxTask) -> None:
+        """Takes over the limits of a sandbox of an earlier supervisor."""
+        self.disk.adopt(self._watched(sandbox))
+
     def limit(self, sandbox: SandboxTask, limits: SandboxLimits) -> None:
         """Gives a sandbox the limits of its session, where they aren't the runner's own. Raises OSError."""
         if limits != sandbox.limits:
             cgroup.create(self._hierarchies, sandbox.id, limits.memory, limits.processes, limits.cpu_percent)
+            self.disk.limit(self._watched(sandbox), limits.disk)
         sandbox.limits = limits
 
     def rlimits(self, sandbox: SandboxTask, limits: SandboxLimits) -> dict[str, int]:
@@ -218,6 +246,7 @@ class SandboxHost:
         """Nothing of the sandbox is left on this host."""
         await self.end_processes(sandbox)
         await asyncio.to_thread(workspace.remove, sandbox.folder)
+        self.disk.forget(sandbox.workspace, sandbox.uid)
         if sandbox.uid is not None:
             self.give_back(sandbox.uid)
 

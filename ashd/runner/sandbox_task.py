@@ -59,7 +59,6 @@ class SandboxTask:
         self.enforced: list[str] = []
         self.isolation = ""
         self.limits: SandboxLimits | None = None
-        self.disk_bytes = 0
         self.closed_as = ""
         self.kills: Counter[str] = Counter()
         self.was_warm = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from ashd.wire.v1 import events_pb2, runner_pb2, runner_pb2_grpc
 from sandbox.journal import Corrupt, Position
 
 _log = log.get(__name__)
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -53,6 +57,8 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
     ) -> AsyncIterator[events_pb2.EventBatch]:
         try:
             sandbox = self._supervisor.sandboxes.find(request.session_id, request.epoch)
+            if not _UUID.fullmatch(request.turn_id):
+                raise Rejected("turn_id must be a uuid")
             asked = _json_of(request.request)
             after = await self._supervisor.start_turn(sandbox, request.turn_id, asked, request.timeout_ms / 1000)
         except AshdError as error:
@@ -121,7 +127,7 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
             cpu_seconds=used.cpu_s,
             processes=used.processes,
             descriptors=used.descriptors,
-            disk_bytes=sandbox.disk_bytes,
+            disk_bytes=self._supervisor.disk_bytes(sandbox),
         )
 
     async def EndSession(
@@ -132,6 +138,13 @@ class RunnerService(runner_pb2_grpc.RunnerServicer):
 
 
 def _claim_of(request: runner_pb2.StartSessionRequest) -> Claim:
+    """What the session asks for. Raises Rejected."""
+    if not _UUID.fullmatch(request.session_id):
+        raise Rejected("session_id must be a uuid")
+    if not _DIGEST.fullmatch(request.bundle_digest):  # SECURITY: it becomes the name of a folder
+        raise Rejected("bundle_digest must be a SHA-256 in hexadecimal")
+    if request.limits.memory_bytes < 0 or request.limits.processes < 0:  # to a cgroup, -1 is "no limit"
+        raise Rejected("limits must not be negative")
     return Claim(
         session=request.session_id,
         epoch=request.epoch,
@@ -164,5 +177,11 @@ def _limits(limits: SandboxLimits) -> runner_pb2.Limits:
 
 
 def _json_of(text: bytes | str) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(text) if text else {}
+    """A JSON object; nothing counts as {}. Raises Rejected."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"the settings or request of a session must be JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Rejected("the settings or request of a session must be a JSON object")
     return value

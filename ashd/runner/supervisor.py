@@ -30,6 +30,7 @@ from ashd.errors import Rejected, SandboxFailed, Unavailable
 from ashd.runner import workspace
 from ashd.runner.admission import Admission
 from ashd.runner.adoption import Adoption
+from ashd.runner.disk import shortage
 from ashd.runner.host_memory import HostMemory
 from ashd.runner.reconciler import Reconciler
 from ashd.runner.sandbox_host import SandboxHost
@@ -84,6 +85,7 @@ class Supervisor:
             config.memory_pressure,
             HostMemory(self._host.group_parents()).read,
             self.usage.mean_pss,
+            lambda: shortage(self._host.folder, config.disk_headroom),
         )
         self.pool = WarmPool(config.warm_sandboxes, self.sandboxes, self._spawn, self._spawn_spare)
         self._tending = Tending(
@@ -108,6 +110,10 @@ class Supervisor:
         """The level all sandboxes made now have: strict, standard or none."""
         return self._host.isolation
 
+    def disk_bytes(self, sandbox: SandboxTask) -> int:
+        """What a sandbox's workspace takes, as last known."""
+        return self._host.disk.usage_of(sandbox.workspace, sandbox.uid)
+
     @property
     def kills(self) -> Counter[str]:
         """Kills since this supervisor started, by cause: oom, timeout, disk, and those a sandbox survived."""
@@ -118,7 +124,7 @@ class Supervisor:
     async def run(self, tasks: asyncio.TaskGroup) -> None:
         """Starts the zygote, adopts what lives, and from then on owns its tasks in `tasks`."""
         self._tending.open(tasks)
-        await self._host.open(tasks)
+        await self._host.open(tasks, self._tell_to_end)
         await self._adoption.adopt_all()
         tasks.create_task(self.pool.run(), name="warm pool")
         tasks.create_task(self._sample(), name="usage sampler")

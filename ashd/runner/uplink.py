@@ -185,7 +185,7 @@ class Uplink:
             ),
             draining=supervisor.draining,
             usage=_usage(supervisor),
-            refusing=supervisor.admission.refusing,
+            refusing=supervisor.admission.statement,
             orphans=supervisor.orphans,
             kills=supervisor.kills,
         )
@@ -260,5 +260,5 @@ def _usage(supervisor: Supervisor) -> registry_pb2.Usage:
         cpu_seconds=total.cpu_s,
         processes=total.processes,
         descriptors=total.descriptors,
-        disk_bytes=sum(sandbox.disk_bytes for sandbox in supervisor.sandboxes.all()),
+        disk_bytes=sum(supervisor.disk_bytes(sandbox) for sandbox in supervisor.sandboxes.all()),
     )

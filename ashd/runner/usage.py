@@ -1,7 +1,7 @@
 """What each sandbox uses, looked at by a thread that keeps to a budget of processor time.
 
 Covers: memory as PSS and as the cgroup counts it, processor time, processes, descriptors; which sandbox is looked at
-next, and when. Leaves out: space on disk (whoever limits it writes SandboxTask.disk_bytes), the host's memory
+next, and when. Leaves out: space on disk (disk.py), the host's memory
 (host_memory.py).
 
 PSS is the honest size of a sandbox, because the zygote's pages are shared by all, and the costly one: the kernel walks

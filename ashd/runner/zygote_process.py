@@ -78,6 +78,11 @@ class ZygoteProcess:
         """Of the zygote there is now."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def is_ready(self) -> bool:
+        """Its self-test is over, and what it forks are keepers."""
+        return self._socket is not None
+
     async def run(self, started: asyncio.Event) -> None:
         """Keeps a zygote running until cancelled; `started` is set when the first one is ready."""
         backoff = Backoff()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
@@ -46,6 +48,7 @@ def make_server(secret: str, *, shared_port: bool) -> aio.Server:
     """A server that takes only calls with the secret, if there is one. `shared_port`: several processes listen on its
     port.
     """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_without_traceback)
     interceptors: list[Any] = [_Gate(secret)] if secret else []
     options = [*_OPTIONS, ("grpc.so_reuseport", int(shared_port))]
     return aio.server(options=options, interceptors=interceptors)
@@ -67,8 +70,16 @@ class _Gate(aio.ServerInterceptor):  # type: ignore[type-arg]
         given = dict(details.invocation_metadata or ()).get("authorization", "")
         if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
             return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
+        # SECURITY: of a method that takes one message, gRPC would first read that, up to MAX_MESSAGE_BYTES.
+        return grpc.stream_unary_rpc_method_handler(_refuse)
 
 
 async def _refuse(_: Any, context: aio.ServicerContext[Any, Any]) -> Any:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "ASH_INTERNAL_SECRET is missing or differs")
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A body that is no message of ours is its caller's mistake, and one line; gRPC logs the traceback of a bug."""
+    if record.exc_info and isinstance(record.exc_info[1], DecodeError):
+        record.exc_info = None
+    return True

@@ -33,7 +33,8 @@ from ashd.runner.zygote_process import PRELOADED, command
 from sandbox.journal import Corrupt, Position, Reader
 from sandbox.protocol import Kind, Record, encode_line
 
-DEADLINE_S = 20.0
+PATIENCE = float(os.environ.get("ASHD_TEST_PATIENCE", "1"))  # more where processors are emulated
+DEADLINE_S = 20.0 * PATIENCE
 KIB, MIB = 1024, 1024 * 1024
 KILL_TIMEOUT_S = 1.0
 BOUNDS = {
@@ -273,14 +274,16 @@ class Sandbox:
         workspace.lay_out(bundle, self.workspace, self.uid)
         shutil.rmtree(bundle)
 
-    def start_turn(self, content: Any, *, timeout_s: float = 60.0, turn: str = "", **options: Any) -> dict[str, Any]:
+    def start_turn(
+        self, content: Any, *, timeout_s: float = 60.0 * PATIENCE, turn: str = "", **options: Any
+    ) -> dict[str, Any]:
         """Starts a turn; the keeper's answer."""
         turn = turn or str(uuid.uuid4())
         self._turns.append(turn)
         request = {"content": content, "options": options}
         return self.connection.call("turn", turn=turn, request=request, timeout_s=timeout_s)
 
-    def turn(self, content: Any, *, timeout_s: float = 60.0, **options: Any) -> list[Record]:
+    def turn(self, content: Any, *, timeout_s: float = 60.0 * PATIENCE, **options: Any) -> list[Record]:
         """Runs a turn to its end; its records."""
         answer = self.start_turn(content, timeout_s=timeout_s, **options)
         assert "error" not in answer, answer

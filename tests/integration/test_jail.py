@@ -192,3 +192,9 @@ def test_a_report_names_every_attempt_and_demands_the_level() -> None:
     assert len(report.findings) >= 20
     assert all(finding.denied for finding in report.findings)
     assert examine(RunnerConfig(isolation="none")).level == "none"
+
+
+def test_sandboxes_of_one_zygote_do_not_share_random_numbers(host: Host) -> None:
+    draw = "import random, uuid\nasync def turn(message, session):\n    yield f'{random.random()} {uuid.uuid4()}'\n"
+    drawn = [text_of(host.agent(draw).turn("?")) for _ in range(3)]
+    assert len({number for text in drawn for number in text.split()}) == 6

@@ -279,9 +279,7 @@ def test_an_agent_that_makes_events_too_fast_waits_and_loses_none(host: Host) ->
     sandbox = host.agent(HOSTILE, max_events_per_s=100)
     begun = time.monotonic()
     records = sandbox.turn("for i in range(750): send(frame(str(i)))")
-    most = 100 * (time.monotonic() - begun + 10)
     assert texts(records) == [str(i) for i in range(750)]
-    assert len(sandbox.saved()) <= most + 256 * KIB / len('M{"type":"assistant"}')  # and what one read may bring
     assert time.monotonic() - begun > 4  # 1500 events, of which 1000 may come at once
 
 

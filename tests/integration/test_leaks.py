@@ -205,6 +205,8 @@ def test_what_belongs_to_no_sandbox_is_removed_counted_and_the_rest_left_alone(f
         said = runner.log.read_text()
         assert {kind for kind in kinds if f"kind={kind}" not in said} == set()
         assert beside.poll() is None
+        counted = eventually(lambda: fleet.listed_runners()[0]["orphans"])
+        assert {kind for kind in kinds if not counted.get(kind)} == set()
     finally:
         for process in (beside, stray):
             process.kill()
@@ -283,6 +285,8 @@ def test_the_runner_tells_what_each_sandbox_is_and_uses(fleet: Fleet, groups: st
     (spare,) = [sandbox for sandbox in census.listed() if not sandbox.session_id]
     assert spare.state == "warm" and spare.limits.memory_bytes == 512 << 20
     eventually(lambda: fleet.listed_runners()[0]["memory"]["perSandboxMb"] > 16)
+    least = {"pssMb": 64, "processes": 4, "descriptors": 10, "cpuSeconds": 0.05}
+    eventually(lambda: all(fleet.listed_runners()[0]["usage"][name] >= value for name, value in least.items()))
 
 
 # ---------------------------------------------------------------- admission
@@ -295,6 +299,8 @@ def test_a_runner_without_headroom_refuses_and_says_what_is_missing(fleet: Fleet
     api.deploy("hello", agents.HELLO)
     refused = api.call("POST", "/api/sessions", {"agent": "hello"})
     assert refused.status == 503 and refused.body["retryable"] and refused.headers["Retry-After"]
-    assert "memory_headroom asks for" in refused.body["error"]
+    assert refused.body["code"] == "fleet.full" and "memory_headroom asks for" in refused.body["error"]
+    eventually(lambda: "memory_headroom asks for" in (fleet.listed_runners()[0]["refusing"] or ""))
     assert Census(runner, groups).listed() == []  # no warm ones either
-    assert "refusing=memory" in runner.log.read_text()
+    said = runner.log.read_text()
+    assert "refusing=memory" in said and "memory_headroom asks for" in said

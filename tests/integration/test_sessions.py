@@ -327,7 +327,7 @@ def test_deleting_in_mid_turn_ends_the_session_and_its_stream(api: Api, other: A
     assert stream.ended.wait(30) and stream.frames[-1].event == "done"
     assert stream.frames[-1].data["outcome"] == "interrupted"
     assert attached.ended.wait(30)  # an ended session has nothing more to say
-    eventually(lambda: not any(session in str(p.info["cmdline"]) for p in psutil.process_iter(["cmdline"])))
+    eventually(lambda: not shared.keepers_of(session))
     assert api.attach(session, attached.last_id).status == 204
     numbers = [event["sequence"] for event in api.events(session)]
     assert numbers == list(range(1, len(numbers) + 1))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tests.conftest import Cluster
 
 DEAD_AFTER_S = 30.0
+MIB = 1024 * 1024
 TENANT = "default"
 SANDBOX = "5b0c4a0e-6d0f-4a53-9c1d-0c9b5c3c7a11"
 
@@ -502,6 +503,21 @@ async def test_recording_a_turn_launches_and_settles_it(database_url: str) -> No
         assert (await sessions.get(db, TENANT, session.id)).open_turn_id is None
         messages = await events.page(db, session.id, 1, 10, kinds=[MESSAGE], types=["user", "assistant"])
         assert [one.seq for one in messages] == [2]
+
+
+async def test_a_page_of_large_events_ends_early_and_the_next_one_goes_on(database_url: str) -> None:
+    async with opened(database_url) as db:
+        await add_agent(db)
+        await add_runner(db)
+        session = await active_session(db)
+        sizes = [5 * MIB, 5 * MIB, 20 * MIB, 1, 1, 8 * MIB, 1]
+        large = [NewEvent(MESSAGE, seq, None, "user", "x" * size) for seq, size in enumerate(sizes, 1)]
+        await events.record(db, [Batch(session.id, 1, large)])
+        pages: list[list[int]] = []
+        while page := await events.page(db, session.id, pages[-1][-1] if pages else 0, 1000):
+            pages.append([event.seq for event in page])
+            assert sum(len(event.data) for event in page[:-1]) < events.PAGE_BYTES
+        assert pages == [[1, 2], [3], [4, 5, 6], [7]]
 
 
 async def test_recording_again_whole_or_overlapping_changes_nothing(database_url: str) -> None:

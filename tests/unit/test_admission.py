@@ -23,7 +23,7 @@ class Host:
         self.reads = 0
         self.now_s = 0.0
         self.admission = Admission(
-            headroom_mib * MIB, most_pressure, self.read, lambda: sandbox_mib * MIB, lambda: self.now_s
+            headroom_mib * MIB, most_pressure, self.read, lambda: sandbox_mib * MIB, lambda: "", lambda: self.now_s
         )
 
     def read(self) -> Reading:
@@ -40,12 +40,13 @@ def test_less_than_the_headroom_refuses_and_says_both_numbers() -> None:
     with pytest.raises(Unavailable, match="this host has 300 MiB of memory left, memory_headroom asks for 512") as full:
         host.admission.check()
     assert full.value.code == FULL and host.admission.refusing == "memory"
+    assert host.admission.statement == f"memory: {full.value.message}"
 
 
 def test_as_much_as_the_headroom_is_enough() -> None:
     host = Host(left_mib=512)
     host.admission.check()
-    assert host.admission.refusing == ""
+    assert host.admission.refusing == host.admission.statement == ""
 
 
 def test_a_headroom_of_nothing_never_refuses() -> None:

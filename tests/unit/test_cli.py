@@ -193,12 +193,12 @@ def test_a_turn_that_fails_is_1(server: type[Answers], capsys: pytest.CaptureFix
 
 
 def test_a_chat_says_what_was_killed(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
-    killed = {"action": "memory_kill", "victim": "python3\x1b[31m", "limitMb": 512}
+    killed = {"action": "memory_kill", "victim": {"name": "cc1\x1b[31m"}, "limitBytes": 512}
     server.script["POST /api/sessions/s/messages"] = [
         (200, sse(("lifecycle", killed), ("done", {"outcome": "completed"})))
     ]
     assert main(["session", "send", "s", "hi", "--server", server.url]) == Exit.OK
-    assert capsys.readouterr().err == "[memory_kill] victim=python3[31m limitMb=512\n"
+    assert capsys.readouterr().err == '[memory_kill] {"victim": {"name": "cc1\\u001b[31m"}, "limitBytes": 512}\n'
 
 
 def test_status_shows_the_fleet_and_the_sandboxes_of_one_runner(
@@ -262,6 +262,50 @@ def test_a_broken_stream_is_taken_up_again_at_its_cursor(server: type[Answers]) 
     ] * 2
 
 
+def test_a_stream_that_breaks_before_its_first_frame_is_asked_for_again_under_the_same_key(
+    server: type[Answers],
+) -> None:
+    path = f"POST /api/sessions/{SESSION['id']}/messages"
+    server.script = {path: [(200, b""), (200, sse(("session_start", {}), ("done", {"outcome": "completed"})))]}
+    frames = list(Client(server.url, None).turn(SESSION["id"], "hello"))
+    assert [frame.event for frame in frames] == ["session_start", "done"]
+    assert [asked for asked, _, _ in server.seen] == [path] * 2
+
+
+def test_a_stream_that_is_not_ours_is_no_traceback(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
+    server.script = {"POST /api/sessions/a%20b%2Fc/messages": [(200, b"data: <html>\n\n")]}
+    assert main(["session", "send", "a b/c", "hello", "--server", server.url]) == Exit.FAILED
+    assert "does not answer like ashd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://x:99999", "ftp://x", "x", "http://:80"])
+def test_a_server_that_is_none_is_wrong_usage(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--server", url]) == Exit.USAGE
+    assert "is not a server" in capsys.readouterr().err
+
+
+def test_a_key_that_can_be_none_is_wrong_usage(server: type[Answers]) -> None:
+    assert main(["health", "--server", server.url, "--api-key", "ash_\n"]) == Exit.USAGE
+    assert server.seen == []
+
+
+def test_no_text_of_an_agent_reaches_the_terminal_raw(
+    server: type[Answers], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "a\x1b]0;evil\x07\x9b2Jb"
+    server.script = {
+        "GET /api/agents/x": [(400, json.dumps({"error": evil, "code": "c"}).encode())]
+        + [(200, json.dumps({"agent": {"config": {"deep": evil}}}).encode())] * 2
+    }
+    main(["agent", "info", "x", "--server", server.url])
+    main(["agent", "info", "x", "--server", server.url])
+    main(["agent", "info", "x", "--server", server.url, "--json"])
+    out, err = capsys.readouterr()
+    assert (out + err).count("evil") == 3
+    assert not {"\x1b", "\x07", "\x9b"} & set(out + err)
+    assert json.loads(out[out.index("{\n") :])["config"]["deep"] == evil
+
+
 def test_a_deployed_folder_is_the_same_bytes_each_time(server: type[Answers], tmp_path: Path) -> None:
     folder = tmp_path / "agent"
     (folder / ".git").mkdir(parents=True)
@@ -273,6 +317,12 @@ def test_a_deployed_folder_is_the_same_bytes_each_time(server: type[Answers], tm
     assert content[4:8] == bytes(4), "the time in the gzip header (RFC 1952) must not make a difference"
     server.script["PUT /api/agents/agent/bundle"] = [(201, b'{"agent": {"name": "agent", "version": 1}}')]
     assert main(["deploy", str(folder), "--server", server.url]) == Exit.OK
+
+
+def test_a_deploy_of_what_can_not_be_read_names_it(server: type[Answers], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", "/proc/self/task", "--name", "x", "--server", server.url]) == Exit.FAILED
+    assert "can't be packed" in capsys.readouterr().err
+    assert server.seen == []
 
 
 def test_a_deploy_of_what_is_no_folder_says_what_an_agent_is(

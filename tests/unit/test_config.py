@@ -118,6 +118,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert problems(tmp_path / "latin.yaml", DATABASE)[0].startswith("latin.yaml: is not UTF-8 text")
 
 
+def test_a_file_nested_without_end_is_not_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "deep.yaml"
+    file.write_text("[" * 5000)
+    with pytest.raises(ConfigError) as caught:
+        load_coordinator(file, {})
+    assert "is not YAML" in caught.value.problems[0]
+
+
 def test_a_secret_is_never_in_a_problem(tmp_path: Path) -> None:
     found = problems(file(tmp_path, "internal_secret: [hunter2]\napi_key: {hunter2: 1}\n"), DATABASE)
     assert len(found) == 2

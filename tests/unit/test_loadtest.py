@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).parents[2] / "loadtest" / "roundtrip.py"
+from tests.loadtests import script
 
-
-def _loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loadtest_roundtrip", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-roundtrip = _loaded()
+roundtrip = script("roundtrip")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from ashd.runner import mounts, processes
+from ashd.runner import mounts, processes, reconciler
 from ashd.runner.reconciler import Stray, Suspicion, _identity, _kill
+from ashd.runner.sandboxes import Sandboxes
 
 A, B = Stray("folder", "a"), Stray("folder", "b")
 
@@ -37,6 +39,21 @@ def test_what_was_somebodys_in_between_is_safe() -> None:
     for seen in ({A}, set[Stray](), {A}):
         assert suspicion.confirmed(seen) == []
         assert suspicion.new(seen) == set()
+
+
+def test_too_many_descriptors_are_said_once_and_again_when_they_have_doubled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reconciler, "_OWN_DESCRIPTORS", 0)
+    look = reconciler.Reconciler(cast(Any, None), Sandboxes(), cast(Any, None), cast(Any, None))
+    with contextlib.ExitStack() as opened:
+        for _ in range(3):
+            look._count_descriptors()
+        assert caplog.messages.count("supervisor has more descriptors open than expected") == 1
+        for _ in range(3 * len(os.listdir("/proc/self/fd"))):
+            opened.enter_context(open(os.devnull, "rb"))
+        look._count_descriptors()
+        assert caplog.messages.count("supervisor has more descriptors open than expected") == 2
 
 
 def soon(look: Callable[[], bool]) -> None:

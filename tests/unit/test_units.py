@@ -45,6 +45,12 @@ def test_what_is_not_a_length_of_time_says_what_would_be(text: str) -> None:
         parse_seconds(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 17, "9" * 400, "9" * 400 + "h"])
+def test_a_number_too_large_to_be_exact_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="too large"):
+        parse_seconds(text)
+
+
 @given(st.integers(min_value=0, max_value=2**53))
 def test_every_size_reads_back_as_it_was_written(value: int) -> None:
     assert parse_bytes(format_bytes(value)) == value
