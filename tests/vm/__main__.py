@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ DEFAULT_TESTS = (
     "tests/unit/test_seccomp.py",
     "tests/integration/test_memory_limits.py",
     "tests/integration/test_jail.py",
+    "tests/integration/test_quota.py",
+    "tests/integration/test_disk.py",
     "tests/integration/test_sandbox.py",
     "tests/integration/test_keeper_hostile.py",
     "tests/integration/test_runtimes.py",
@@ -34,7 +37,7 @@ DEFAULT_TESTS = (
 DESCRIPTION = """\
 Runs tests of this repository in a virtual machine with cgroup v2: Debian's kernel under qemu, which needs no
 rights on the host beyond reading /usr (emulated, hence slow: about ten times). The guest has no network; it sees /usr,
-this checkout and the running Python read-only, and writes to a throw-away disk.
+a copy of this checkout and the running Python read-only, and writes to a throw-away disk.
 
 Each way runs the same tests, with a machine cleaned in between:
 """
@@ -188,9 +191,11 @@ def main(argv: Sequence[str]) -> int:
         if shown and (not quiet or len(result.ways[-1].tests) % 25 == 0):
             print(f"{time.monotonic() - started:6.1f} s  {shown}", flush=True)
 
-    seen = shares(ROOT, Path(sys.executable), [sys.prefix, sys.base_prefix], options.share)
     try:
-        machine.run(settings, parts, seen, plan(options, sys.executable), console, hear)
+        with tempfile.TemporaryDirectory(prefix="ashd-vm-") as folder:
+            checkout = machine.copied(ROOT, Path(folder, "checkout"))
+            seen = shares(checkout, Path(sys.executable), [sys.prefix, sys.base_prefix], options.share)
+            machine.run(settings, parts, seen, plan(options, sys.executable), console, hear)
     except machine.Stuck as stuck:
         result.stuck = str(stuck)
         print(f"{stuck}; the console's end:\n{_end_of(console)}", file=sys.stderr)

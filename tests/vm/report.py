@@ -1,6 +1,6 @@
 """What came out: collected from the guest's facts, shown while it runs, and rendered as a page of docs/measurements.
 
-Pure but for `today`'s file: facts in, text out.
+Facts in, text out; only `record` touches a file.
 """
 
 from __future__ import annotations
