@@ -138,19 +138,27 @@ def plan(options: argparse.Namespace, python: str) -> dict[str, Any]:
     }
 
 
-def about(options: argparse.Namespace, argv: Sequence[str], seconds: float) -> dict[str, str]:
+def shown_command(argv: Sequence[str]) -> str:
+    """The command line without where it was recorded."""
+    shown: list[str] = []
+    for number, argument in enumerate(argv):
+        is_folder = number > 0 and argv[number - 1] == "--record" and not argument.startswith("-")
+        if not is_folder and not argument.startswith("--record"):
+            shown.append(argument)
+    return shlex.join(["python", "-m", "tests.vm", *shown])
+
+
+def about(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
     """What a reader of the measurement wants to know of the host."""
     accelerator = "KVM" if options.kvm else "TCG: emulated"
     qemu = subprocess.run([packages.QEMU, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[
         0
     ]
-    shown = shlex.join(argument for argument in argv if not argument.startswith("--record"))
     size = f"{options.cpus} CPUs, {options.memory} MiB"
     return {
         "machine": f"{qemu} ({accelerator}), {size}, on {os.cpu_count()} shared CPUs",
         "commit": _commit(),
-        "command": f"`python -m tests.vm {shown}`".replace(" `", "`"),
-        "duration": f"{seconds:.0f} s, boot included",
+        "command": f"`{shown_command(argv)}`",
         "host": f"Linux {'.'.join(platform.release().split('.')[:2])}, Python {platform.python_version()}",
     }
 
@@ -181,6 +189,7 @@ def main(argv: Sequence[str]) -> int:
         print(lacking, file=sys.stderr)
         return UNUSABLE
     settings = machine.Settings(options.memory, options.cpus, options.kvm, options.boot_seconds, options.minutes * 60)
+    described = about(options, argv) if options.record else {}
     result = report.Report()
     console = cache / CONSOLE
     print(f"booting Linux {parts.release}; console: {console}", flush=True)
@@ -203,7 +212,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{way.name}: {way.summary()}")
     if options.record:
         now = datetime.now(UTC).date().isoformat()
-        text = report.page(result, about(options, argv, time.monotonic() - started), now)
+        described["duration"] = f"{time.monotonic() - started:.0f} s, boot included"
+        text = report.page(result, described, now)
         print(f"written: {report.record(options.record, text, now)}")
     if result.stuck:
         return STUCK
