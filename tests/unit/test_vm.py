@@ -59,11 +59,6 @@ def test_a_selection_is_handed_to_pytest() -> None:
     assert command.plan(options, "/usr/bin/python3")["tests"] == ["tests/hostile", "-k", "files or limits"]
 
 
-@pytest.mark.parametrize("record", [["--record"], ["--record", "/tmp/x"], ["--record=/tmp/x"]])
-def test_the_command_is_shown_without_where_it_was_recorded(record: list[str]) -> None:
-    assert command.shown_command([*record, "--ways", "user"]) == "python -m tests.vm --ways user"
-
-
 def test_the_default_tests_are_there() -> None:
     assert [name for name in command.DEFAULT_TESTS if not (command.ROOT / name).exists()] == []
 

@@ -82,14 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "--install", action="store_true", help=f"run `{shlex.join(packages.qemu_install_command())}` first"
     )
     top.add_argument("--verbose", action="store_true", help="a line for each test that passed or was skipped too")
-    top.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=ROOT / "docs/measurements",
-        metavar="DIR",
-        help="write the day's measurement there (default: docs/measurements)",
-    )
+    top.add_argument("--record", action="store_true", help=f"write the day's page into {report.MEASUREMENTS}")
     return top
 
 
@@ -138,16 +131,6 @@ def plan(options: argparse.Namespace, python: str) -> dict[str, Any]:
     }
 
 
-def shown_command(argv: Sequence[str]) -> str:
-    """The command line without where it was recorded."""
-    shown: list[str] = []
-    for number, argument in enumerate(argv):
-        is_folder = number > 0 and argv[number - 1] == "--record" and not argument.startswith("-")
-        if not is_folder and not argument.startswith("--record"):
-            shown.append(argument)
-    return shlex.join(["python", "-m", "tests.vm", *shown])
-
-
 def about(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
     """What a reader of the measurement wants to know of the host."""
     accelerator = "KVM" if options.kvm else "TCG: emulated"
@@ -158,7 +141,7 @@ def about(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
     return {
         "machine": f"{qemu} ({accelerator}), {size}, on {os.cpu_count()} shared CPUs",
         "commit": _commit(),
-        "command": f"`{shown_command(argv)}`",
+        "command": f"`{shlex.join(['python', '-m', 'tests.vm', *argv])}`",
         "host": f"Linux {'.'.join(platform.release().split('.')[:2])}, Python {platform.python_version()}",
     }
 
@@ -214,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
         now = datetime.now(UTC).date().isoformat()
         described["duration"] = f"{time.monotonic() - started:.0f} s, boot included"
         text = report.page(result, described, now)
-        print(f"written: {report.record(options.record, text, now)}")
+        print(f"written: {report.record(ROOT / report.MEASUREMENTS, text, now)}")
     if result.stuck:
         return STUCK
     return OK if result.is_good(options.ways) else FAILED

@@ -18,6 +18,7 @@ WAYS = {
     "service": "root in a delegated cgroup, as of a systemd unit with Delegate=yes",
     "user": "an ordinary user in a subtree delegated to them, as of systemd's user manager",
 }
+MEASUREMENTS = "docs/measurements"
 CUT_OFF = "cut off at the deadline"
 
 
