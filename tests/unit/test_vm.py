@@ -85,6 +85,15 @@ def test_the_guest_sees_usr_the_checkout_and_a_python_from_elsewhere_but_no_home
     assert len({share.tag for share in seen}) == len(seen)
 
 
+def test_the_guest_gets_a_copy_of_the_checkout_without_what_tools_left(tmp_path: Path) -> None:
+    for name in ("ashd/cli.py", ".git/HEAD", ".venv/bin/python", ".ruff_cache/x", "ashd/__pycache__/cli.pyc"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).touch()
+    copy = machine.copied(tmp_path / "tree", tmp_path / "copy")
+    files = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
+    assert files == ["ashd/__pycache__/cli.pyc", "ashd/cli.py"]
+
+
 def test_without_qemu_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(packages.Lacking, match="apt-get install -y --no-install-recommends qemu-system-x86"):

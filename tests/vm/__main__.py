@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ DEFAULT_TESTS = (
     "tests/unit/test_seccomp.py",
     "tests/integration/test_memory_limits.py",
     "tests/integration/test_jail.py",
+    "tests/integration/test_quota.py",
+    "tests/integration/test_disk.py",
     "tests/integration/test_sandbox.py",
     "tests/integration/test_keeper_hostile.py",
     "tests/integration/test_runtimes.py",
@@ -34,7 +37,7 @@ DEFAULT_TESTS = (
 DESCRIPTION = """\
 Runs tests of this repository in a virtual machine with cgroup v2: Debian's kernel under qemu, which needs no
 rights on the host beyond reading /usr (emulated, hence slow: about ten times). The guest has no network; it sees /usr,
-this checkout and the running Python read-only, and writes to a throw-away disk.
+a copy of this checkout and the running Python read-only, and writes to a throw-away disk.
 
 Each way runs the same tests, with a machine cleaned in between:
 """
@@ -79,14 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "--install", action="store_true", help=f"run `{shlex.join(packages.qemu_install_command())}` first"
     )
     top.add_argument("--verbose", action="store_true", help="a line for each test that passed or was skipped too")
-    top.add_argument(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=ROOT / "docs/measurements",
-        metavar="DIR",
-        help="write the day's measurement there (default: docs/measurements)",
-    )
+    top.add_argument("--record", action="store_true", help=f"write the day's page into {report.MEASUREMENTS}")
     return top
 
 
@@ -135,19 +131,17 @@ def plan(options: argparse.Namespace, python: str) -> dict[str, Any]:
     }
 
 
-def about(options: argparse.Namespace, argv: Sequence[str], seconds: float) -> dict[str, str]:
+def about(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
     """What a reader of the measurement wants to know of the host."""
     accelerator = "KVM" if options.kvm else "TCG: emulated"
     qemu = subprocess.run([packages.QEMU, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[
         0
     ]
-    shown = shlex.join(argument for argument in argv if not argument.startswith("--record"))
     size = f"{options.cpus} CPUs, {options.memory} MiB"
     return {
         "machine": f"{qemu} ({accelerator}), {size}, on {os.cpu_count()} shared CPUs",
         "commit": _commit(),
-        "command": f"`python -m tests.vm {shown}`".replace(" `", "`"),
-        "duration": f"{seconds:.0f} s, boot included",
+        "command": f"`{shlex.join(['python', '-m', 'tests.vm', *argv])}`",
         "host": f"Linux {'.'.join(platform.release().split('.')[:2])}, Python {platform.python_version()}",
     }
 
@@ -178,6 +172,7 @@ def main(argv: Sequence[str]) -> int:
         print(lacking, file=sys.stderr)
         return UNUSABLE
     settings = machine.Settings(options.memory, options.cpus, options.kvm, options.boot_seconds, options.minutes * 60)
+    described = about(options, argv) if options.record else {}
     result = report.Report()
     console = cache / CONSOLE
     print(f"booting Linux {parts.release}; console: {console}", flush=True)
@@ -188,9 +183,11 @@ def main(argv: Sequence[str]) -> int:
         if shown and (not quiet or len(result.ways[-1].tests) % 25 == 0):
             print(f"{time.monotonic() - started:6.1f} s  {shown}", flush=True)
 
-    seen = shares(ROOT, Path(sys.executable), [sys.prefix, sys.base_prefix], options.share)
     try:
-        machine.run(settings, parts, seen, plan(options, sys.executable), console, hear)
+        with tempfile.TemporaryDirectory(prefix="ashd-vm-") as folder:
+            checkout = machine.copied(ROOT, Path(folder, "checkout"))
+            seen = shares(checkout, Path(sys.executable), [sys.prefix, sys.base_prefix], options.share)
+            machine.run(settings, parts, seen, plan(options, sys.executable), console, hear)
     except machine.Stuck as stuck:
         result.stuck = str(stuck)
         print(f"{stuck}; the console's end:\n{_end_of(console)}", file=sys.stderr)
@@ -198,8 +195,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{way.name}: {way.summary()}")
     if options.record:
         now = datetime.now(UTC).date().isoformat()
-        text = report.page(result, about(options, argv, time.monotonic() - started), now)
-        print(f"written: {report.record(options.record, text, now)}")
+        described["duration"] = f"{time.monotonic() - started:.0f} s, boot included"
+        text = report.page(result, described, now)
+        print(f"written: {report.record(ROOT / report.MEASUREMENTS, text, now)}")
     if result.stuck:
         return STUCK
     return OK if result.is_good(options.ways) else FAILED

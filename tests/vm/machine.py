@@ -8,6 +8,7 @@ Sources: qemu-system-x86_64(1), setpriv(1), Documentation/admin-guide/kernel-par
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -22,6 +23,7 @@ from tests.vm.packages import QEMU, Parts
 POLL_S = 0.2
 END_S = 20.0  # from the guest's last fact until it is off
 DISK_BYTES = 8 * 2**30  # sparse
+NOT_COPIED = (".git", ".venv", ".*_cache", ".hypothesis", "*.egg-info")
 KERNEL_OPTIONS = (
     "console=ttyS0", "quiet", "loglevel=3", "panic=-1", "cgroup_no_v1=all", "psi=1", "mitigations=off",
 )  # fmt: skip
@@ -86,6 +88,11 @@ class Facts:
                 continue
             if isinstance(fact, dict) and "fact" in fact:
                 yield fact
+
+
+def copied(checkout: Path, target: Path) -> Path:
+    """The checkout as it is now: a guest that caches must not see its files change."""
+    return shutil.copytree(checkout, target, ignore=shutil.ignore_patterns(*NOT_COPIED), symlinks=True)
 
 
 def run(

@@ -1,6 +1,6 @@
 """What came out: collected from the guest's facts, shown while it runs, and rendered as a page of docs/measurements.
 
-Pure but for `today`'s file: facts in, text out.
+Facts in, text out; only `record` touches a file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ WAYS = {
     "service": "root in a delegated cgroup, as of a systemd unit with Delegate=yes",
     "user": "an ordinary user in a subtree delegated to them, as of systemd's user manager",
 }
+MEASUREMENTS = "docs/measurements"
 CUT_OFF = "cut off at the deadline"
 
 
