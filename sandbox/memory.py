@@ -30,7 +30,8 @@ MIB = 1024 * 1024
 _WARN_AT_PERCENT = 85
 _LOOK_EVERY_S = 0.01
 _KILL_WITHIN_S = 1.0  # of a limit being hit; mostly it is reclaimed from instead, and nobody is killed
-_NAME_WITHIN_S = 0.25  # of a kill: then its victim was none of the programs we remember
+_NAME_WITHIN_S = 2.0  # of a kill, because dying takes time; then its victim was none of the programs we remember
+_DIED_WITHIN_S = 0.25  # before a kill was counted
 _DEATHS = 32
 _IN_MODIFY = 2
 _PROTECTED, _EXPOSED = -500, 500
@@ -113,7 +114,7 @@ class Memory:
     def died(self, program: Program, killed_by: int | None) -> None:
         """One of the sandbox's programs has died; `killed_by` is the signal, 0 for none, None where that is unknown."""
         if killed_by in (None, signal.SIGKILL):
-            self._dead.append((program, killed_by is not None, time.monotonic() + _NAME_WITHIN_S))
+            self._dead.append((program, killed_by is not None, time.monotonic() + _DIED_WITHIN_S))
             self.look()
 
     def look(self) -> None:
