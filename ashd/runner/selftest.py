@@ -82,8 +82,8 @@ def setup_for(config: RunnerConfig, state_dir: Path) -> Setup:
     """How jails are made here."""
     template = state_dir / "root"
     template.mkdir(mode=0o755, exist_ok=True)
-    privileged = may_change_users()
-    if privileged and config.isolation != "none":
+    privileged = config.isolation != "none" and may_change_users()
+    if privileged:
         state_dir.chmod(0o711)  # where there is no root of its own, a sandbox's user has to pass
     return Setup(
         template=str(template),
@@ -96,7 +96,7 @@ def setup_for(config: RunnerConfig, state_dir: Path) -> Setup:
 def report_of(config: RunnerConfig, shown: Mapping[str, Any]) -> Report:
     """From what a zygote's self-test showed."""
     level = shown["level"]
-    privileged = may_change_users()
+    privileged = config.isolation != "none" and may_change_users()
     enforced = ["uid"] if privileged else []
     if level == "strict":
         enforced += [*_STRICT] if privileged else ["user-namespace", *_STRICT]
