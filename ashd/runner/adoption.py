@@ -60,6 +60,7 @@ class Adoption:
         self._host.adopt(sandbox)
         sandbox.learn(Fact.FORKED)
         if lease is None:
+            sandbox.learn(Fact.TOLD_TO_END)
             sandbox.tell("end", cause="not_adopted")  # warm: cheaper made new than asked about
         elif is_fenced:
             sandbox.learn(Fact.TOLD_TO_END)

@@ -196,19 +196,6 @@ def _told(usage: Usage) -> str:
 # -------------------------------------------------------------------- processes
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one: those of a sandbox without a cgroup, below its keeper."""
-    found: list[int] = []
-    look_at = [pid]
-    while look_at:
-        parent = look_at.pop()
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                look_at += map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
-        found.append(parent)
-    return found[1:]
-
-
 def writing_is_stopped(watched: Watched) -> bool:
     """Whether an earlier supervisor stopped its writers."""
     for pid in watched.processes():

@@ -17,9 +17,9 @@ from typing import Any
 from ashd import log
 from ashd.config.schema import RunnerConfig, SandboxLimits
 from ashd.errors import SandboxFailed, Unavailable
-from ashd.runner import cgroup, selftest, workspace
+from ashd.runner import cgroup, processes, selftest, workspace
 from ashd.runner.disk import Disk, allowance
-from ashd.runner.disk_watch import Watched, descendants
+from ashd.runner.disk_watch import Watched
 from ashd.runner.orphans import collect_orphans
 from ashd.runner.sandbox_task import SandboxTask
 from ashd.runner.zygote_process import ZygoteProcess
@@ -202,7 +202,7 @@ class SandboxHost:
             workspace=sandbox.workspace,
             uid=sandbox.uid,
             most=allowance(self._config.limits.disk),
-            processes=lambda: cgroup.members(self._hierarchies, sandbox.id) or descendants(sandbox.keeper_pid),
+            processes=lambda: cgroup.members(self._hierarchies, sandbox.id) or processes.tree(sandbox.keeper_pid)[1:],
             is_busy=lambda: bool(sandbox.open_turn),
             say=lambda text: sandbox.tell("note", text=text),
             end=lambda: self._end_sandbox(sandbox, "disk"),

@@ -267,7 +267,7 @@ class Supervisor:
             self._host.limit(sandbox, limits)
             await asyncio.to_thread(workspace.lay_out, bundle, sandbox.workspace, sandbox.uid)
             steps.done("workspace")
-            await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim, limits))
+            await self._give(sandbox, claim, limits)
         except OSError as error:
             self._tell_to_end(sandbox, "not_loaded")
             raise SandboxFailed(f"the workspace could not be made: {error}", code="workspace.failed") from error
@@ -278,6 +278,15 @@ class Supervisor:
         if self._config.debug_timing:
             steps.write(sandbox)
         return sandbox
+
+    async def _give(self, sandbox: SandboxTask, claim: Claim, limits: SandboxLimits) -> None:
+        """Raises Rejected (the agent can't be loaded), Unavailable (the sandbox is going, or doesn't answer)."""
+        try:
+            await sandbox.call("claim", self._config.spawn_timeout, **self._claim_fields(sandbox, claim, limits))
+        except Rejected as refused:
+            if refused.code != "sandbox.taken":
+                raise
+            raise Unavailable(refused.message, code=refused.code) from None
 
     def _limits_of(self, claim: Claim) -> SandboxLimits:
         """What the claim's sandbox may use: its own limits only go down from the runner's."""

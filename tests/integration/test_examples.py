@@ -69,11 +69,11 @@ def test_the_shell_agent_runs_a_command_and_tells_its_exit_code(shell: Sandbox) 
 
 def test_the_shell_agent_keeps_its_working_directory(shell: Sandbox) -> None:
     shell.turn("mkdir -p 'a b/c' && cd 'a b/c'")
-    assert text_of(shell.turn("pwd")) == f"{shell.workspace}/a b/c\n"
+    assert text_of(shell.turn("pwd")) == f"{shell.inside}/a b/c\n"
     shell.turn("cd .. ; false")
-    assert text_of(shell.turn("pwd; exit 0")) == f"{shell.workspace}/a b\n"
+    assert text_of(shell.turn("pwd; exit 0")) == f"{shell.inside}/a b\n"
     shell.turn('rmdir c; cd ..; rmdir "a b"')
-    assert text_of(shell.turn("pwd")) == f"{shell.workspace}\n"
+    assert text_of(shell.turn("pwd")) == f"{shell.inside}\n"
 
 
 def test_the_shell_agent_streams_output_as_it_comes(shell: Sandbox) -> None:

@@ -44,7 +44,8 @@ def test_the_end_a_bridge_tells_is_one_cause_among_others(
         (SIGKILLED, "", "", KILL, ("oom", "oom", "sandbox.oom")),
         (SIGKILLED, "ended", "", KILL, ("ended", "interrupted", "")),
         (SIGKILLED, "timeout", "timeout", None, ("timeout", "timeout", "turn.timeout")),
-        (SIGKILLED, "fenced", "timeout", None, ("fenced", "timeout", "")),
+        (SIGKILLED, "fenced", "timeout", None, ("fenced", "timeout", "turn.timeout")),
+        (SIGKILLED, "disk", "", None, ("disk", "failed", "sandbox.disk")),
     ],
 )
 def test_a_dead_sandbox_has_one_cause(
