@@ -55,7 +55,7 @@ _HERE = b"L"
 _NEXT_IS_AGENT = b"A"
 _REMEMBERED = 256
 _MOST_READS = 64
-_NAMES_WITHIN_S = 0.02
+_NAME_AFTER_S, _LAST_NAME_AFTER_S = 0.02, 2.0
 FOREVER = float("inf")
 
 
@@ -169,7 +169,7 @@ class Execs:
         self._tools = os.open(tools / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         self._died = died
         self._programs: dict[int, tuple[Program, int]] = {}  # by pid, with a pidfd
-        self._unnamed: set[int] = set()
+        self._unnamed: dict[int, tuple[float, float]] = {}  # when to ask for whose name, and how long after that again
         self._agent_is_next = False
         self._listener = -1
         self._pending = select.poll()
@@ -204,11 +204,20 @@ class Execs:
                 self._is_paused = False
                 self._selector.register(self._listener, selectors.EVENT_READ, self._answer)
 
-    def learn_names(self) -> None:
-        """Asks the kernel what the newest programs are called."""
-        while self._unnamed:
-            pid = self._unnamed.pop()
+    def learn_names(self, *, early: bool = False) -> None:
+        """Asks the kernel what the newest programs are called; again a little later, for they begin by the name of who
+        executed them. `early`: of all at once, because one of them may be about to die.
+        """
+        now = time.monotonic()
+        for pid, (due, pause) in list(self._unnamed.items()):
+            if due > now and not early:
+                continue
             self._programs[pid][0].name = _name_of(pid)
+            if pause > _LAST_NAME_AFTER_S:
+                del self._unnamed[pid]
+            else:
+                self._unnamed[pid] = now + pause, pause * 4
+        self.deadline = min([self.deadline, *(due for due, _ in self._unnamed.values())])
 
     def _answer(self, _: int) -> None:
         """Hears of one execve that is about to be, and lets it be."""
@@ -251,8 +260,9 @@ class Execs:
                 os.close(pidfd)
             os.close(proc)
         if pid in self._programs:
-            self._unnamed.add(pid)
-            self.deadline = min(self.deadline, time.monotonic() + _NAMES_WITHIN_S)
+            due = time.monotonic() + _NAME_AFTER_S
+            self._unnamed[pid] = due, _NAME_AFTER_S * 4
+            self.deadline = min(self.deadline, due)
 
     def _meet(self, pid: int, proc: int) -> Program:
         """A process that executes for the first time; one that executes again stays where it is."""
@@ -298,7 +308,7 @@ class Execs:
 
     def _forget(self, pid: int) -> None:
         program, pidfd = self._programs.pop(pid)
-        self._unnamed.discard(pid)
+        self._unnamed.pop(pid, None)
         self._selector.unregister(pidfd)
         os.close(pidfd)
         signal, name = _last_of(pid)

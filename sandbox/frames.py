@@ -35,19 +35,29 @@ class Frames:
         self._drop = drop
         self._lines = LineReader(max_frame)
 
-    def feed(self, data: bytes) -> None:
-        """Bytes as they come."""
+    def feed(self, data: bytes) -> int:
+        """Bytes as they come; how many frames of them were bad.
+
+        PERF: what is no object at first sight is dropped without an exception: 100,000 of them fit into one read.
+        """
+        bad = 0
         for line in self._lines.feed(data):
+            if line[1:2] != b"{":
+                bad += 1
+                self._drop("bad_frames", "dropped a malformed frame: no JSON object")
+                continue
             try:
                 body, raw = parse_object(line[1:])
                 if len(raw) > self._max_frame:
                     raise Malformed(f"{len(raw)} bytes once written in ASCII")
                 self._take(line[:1], body, raw)
             except Malformed as error:
+                bad += 1
                 self._drop("bad_frames", f"dropped a malformed frame: {error}")
         for _ in range(self._lines.oversized):
             self._drop("oversized_frames", f"dropped a frame of more than {self._max_frame} bytes")
         self._lines.oversized = 0
+        return bad
 
 
 def text_of(body: dict[str, Any], name: str, default: str) -> str:

@@ -45,6 +45,7 @@ from sandbox.title import set_title
 _DISK_RETRY_S = 0.5
 _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
+_BAD_FRAMES_AN_EVENT = 10  # cost as much as one, where an agent's pace is kept
 _MAX_KILLS = 100
 _EVENTS_PER_S = 500
 _EXECS_PER_S = 1000
@@ -322,9 +323,9 @@ class Keeper:
         if not data:  # it has closed its end, and most likely is dying; one that isn't can't be used any more
             self._kill_deadline = min(self._kill_deadline, time.monotonic() + self._bounds["kill_timeout_s"])
         before = self._ledger.writer.last.seq if self._ledger else 0
-        self._frames.feed(data)
+        bad = self._frames.feed(data)
         if self._ledger is not None:
-            self._pace.spend(self._ledger.writer.last.seq - before)
+            self._pace.spend(self._ledger.writer.last.seq - before + bad // _BAD_FRAMES_AN_EVENT)
 
     def _take_frame(self, tag: bytes, body: dict[str, Any], raw: bytes) -> None:
         if tag == Tag.MESSAGE and self._ledger and self._ledger.turn:
@@ -387,7 +388,7 @@ class Keeper:
 
     def _memory_changed(self, _: int) -> None:
         if self._execs:
-            self._execs.learn_names()  # ORDER: now, because one of them may be about to die
+            self._execs.learn_names(early=True)
         self._memory.look()
 
     def _look_at_memory(self) -> None:
