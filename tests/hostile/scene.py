@@ -367,7 +367,7 @@ class Host:
         self._file.write_text(secret)
         self._file.chmod(0o644)
         self._doors = [self._open(socket.AF_INET, ("127.0.0.1", 0)), self._open(socket.AF_UNIX, f"\0host-{mark}")]
-        self._doors.append(self._open(socket.AF_UNIX, f"/tmp/host-{mark[-12:]}.sock"))
+        self._doors.append(self._open(socket.AF_UNIX, str(fleet.folder / "door")))
         os.chmod(self._doors[2].getsockname(), 0o777)
         self._key = 0x4057000 + os.getpid() % 0xFFFF
         self.facts = {
@@ -394,10 +394,7 @@ class Host:
 
     def close(self) -> None:
         for door in self._doors:
-            path = door.getsockname()
             door.close()
-            if isinstance(path, str):
-                os.unlink(path)
 
     def assert_unchanged(self) -> None:
         assert _settings() == self._settings
