@@ -145,6 +145,7 @@ def remove(folder: Path) -> None:
     """Removes a sandbox's folder, whatever was made in it. Its processes are dead.
 
     rmtree works by descriptor and never follows a link; where nesting is deeper than its recursion can go, rm(1) can.
+    Who is not root has to open first what an agent has closed; chmod(1) follows no link below either.
     """
     try:
         shutil.rmtree(folder)
@@ -152,4 +153,6 @@ def remove(folder: Path) -> None:
         return
     except (RecursionError, OSError) as error:
         _log.warning("folder is hard to remove, using rm", folder=str(folder), error=str(error)[:200])
+        if os.geteuid() != 0:
+            subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, timeout=60)
         subprocess.run(["rm", "-rf", "--one-file-system", "--", str(folder)], check=False, timeout=60)

@@ -147,7 +147,7 @@ class Scene:
         self._settle_neighbour()
         for runtime in RUNTIMES:
             self.api.deploy(f"attacker-{runtime}", self.agent_files(runtime))
-        self.zygote = self._zygotes()[0].pid
+        self.zygote = self.neighbours_keeper.ppid()
 
     # ------------------------------------------------------------ what the host lets the runner enforce
 
@@ -314,16 +314,10 @@ class Scene:
 
     def _assert_runner_is_unharmed(self) -> None:
         assert self.runner.process.poll() is None, "the supervisor is gone"
-        assert [process.pid for process in self._zygotes()] == [self.zygote]
-        assert self.zygote_state() != psutil.STATUS_STOPPED
+        zygote = psutil.Process(self.zygote)
+        assert zygote.ppid() == self.runner.process.pid and zygote.status() not in ("stopped", "zombie")
         assert self.reported["healthy"] and not self.reported["draining"]
         assert not (complaints := self._complaints()), f"the runner complained: {complaints}"
-
-    def zygote_state(self) -> str:
-        return str(psutil.Process(self.zygote).status())
-
-    def _zygotes(self) -> list[psutil.Process]:
-        return self.runner.children("ashd: zygote")
 
     def _complaints(self) -> list[str]:
         """Errors the runner has logged since the last look."""
@@ -373,7 +367,7 @@ class Host:
         self._file.write_text(secret)
         self._file.chmod(0o644)
         self._doors = [self._open(socket.AF_INET, ("127.0.0.1", 0)), self._open(socket.AF_UNIX, f"\0host-{mark}")]
-        self._doors.append(self._open(socket.AF_UNIX, f"/tmp/host-{mark[-12:]}.sock"))
+        self._doors.append(self._open(socket.AF_UNIX, str(fleet.folder / "door")))
         os.chmod(self._doors[2].getsockname(), 0o777)
         self._key = 0x4057000 + os.getpid() % 0xFFFF
         self.facts = {
@@ -400,10 +394,7 @@ class Host:
 
     def close(self) -> None:
         for door in self._doors:
-            path = door.getsockname()
             door.close()
-            if isinstance(path, str):
-                os.unlink(path)
 
     def assert_unchanged(self) -> None:
         assert _settings() == self._settings

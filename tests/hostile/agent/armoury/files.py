@@ -377,7 +377,7 @@ def set_trusted_attributes(facts: Facts) -> str:
 
 
 def learn_the_hosts_paths(facts: Facts) -> str:
-    """What mountinfo shows of the host's folders helps the next attack; file names of other sandboxes would be a leak."""
+    """What mountinfo shows helps the next attack; names of other sandboxes in it would be a leak."""
     text = Path("/proc/self/mountinfo").read_text()
     theirs = os.path.basename(facts.neighbour.folder)
     return "the neighbour's folder is named in mountinfo" if theirs in text else ""

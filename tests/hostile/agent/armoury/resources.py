@@ -49,8 +49,20 @@ def hoard_memory_in_the_agent_itself(facts: Facts) -> str:
 @deadly
 @refused_with(errno.ENOMEM)
 def hoard_memory_in_one_huge_step(facts: Facts) -> str:
+    return _fill(facts, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@deadly
+@needs("cgroup-memory")
+@refused_with(errno.ENOMEM)
+def hoard_memory_that_is_shared(facts: Facts) -> str:
+    return _fill(facts, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+
+
+def _fill(facts: Facts, flags: int) -> str:
+    """Asks for far more than it touches."""
     most = FAR_TOO_MUCH * facts.limits.memory
-    with mmap.mmap(-1, 8 * most) as region:
+    with mmap.mmap(-1, 8 * most, flags=flags) as region:
         for at in range(0, most, mmap.PAGESIZE):
             region[at] = 1
     return f"holds {most // MIB} MiB"
@@ -160,18 +172,17 @@ def lock_memory(facts: Facts) -> str:
 
 @deadly
 def recurse_without_end(facts: Facts) -> str:
-    """A stack that wants to grow."""
+    """A stack that wants to grow: lists in lists, compared by code in C."""
     resource.setrlimit(resource.RLIMIT_STACK, (resource.getrlimit(resource.RLIMIT_STACK)[1],) * 2)
     sys.setrecursionlimit(10**9)
-
-    def deeper(depth: int) -> int:
-        return repr(depth) and deeper(depth + 1) if depth < 10**7 else depth
-
+    left: list[object] = []
+    right: list[object] = []
+    for _ in range(10**6):
+        left, right = [left], [right]
     try:
-        deeper(0)
+        os._exit(left == right)  # not to be freed one by one, if it should ever get here
     except (RecursionError, MemoryError):
-        return ""
-    return "got to the end"
+        os._exit(2)
 
 
 # ---------------------------------------------------------------- processes, threads, descriptors
@@ -256,6 +267,7 @@ def fork_like_a_bomb_of_the_shell(facts: Facts) -> str:
 
 @deadly
 @in_the_agent
+@needs("cgroup-pids")
 def fork_in_the_agent_itself(facts: Facts) -> str:
     """Its children stay when the attack is over; the next turn has to work, or the session to end."""
     return fork_many(facts)
