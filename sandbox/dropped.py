@@ -1,7 +1,8 @@
 """What a keeper could not keep of what its agent did, counted by kind until it has been told.
 
-bad_frames, oversized_frames: what no honest bridge sends. deltas: partial output for which the journal had no room.
-log_lines: past max_log_bytes, or not written for a full disk. memory_kills: more than one turn's events may tell of.
+bad_frames, oversized_frames: what no honest bridge sends. messages: said faster than an agent may, after its turn was
+asked to stop. deltas: partial output for which the journal had no room. log_lines: past max_log_bytes, or not written
+for a full disk. memory_kills: more than one turn's events may tell of.
 """
 
 from __future__ import annotations

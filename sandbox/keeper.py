@@ -328,7 +328,9 @@ class Keeper:
             self._pace.spend(self._ledger.writer.last.seq - before + bad // _BAD_FRAMES_AN_EVENT)
 
     def _take_frame(self, tag: bytes, body: dict[str, Any], raw: bytes) -> None:
-        if tag == Tag.MESSAGE and self._ledger and self._ledger.turn:
+        if tag == Tag.MESSAGE and self._interrupted_as and time.monotonic() < self._pace.resume_at:
+            self._drop("messages", "dropped what was said too fast after the turn was asked to stop")
+        elif tag == Tag.MESSAGE and self._ledger and self._ledger.turn:
             self._ledger.message(body, raw)
         elif tag == Tag.END and self._ledger and self._ledger.turn and body.get("turn") == self._turn_number:
             self._settle(body)

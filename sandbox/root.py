@@ -52,11 +52,10 @@ _LINKS = {
     "dev/stdout": "/proc/self/fd/1",
     "dev/stderr": "/proc/self/fd/2",
     "dev/ptmx": "pts/ptmx",
-    "dev/shm": SCRATCH,
     "etc/mtab": "/proc/mounts",
-    "var/tmp": SCRATCH,
     "var/run": "/run",
 }
+_SCRATCH_TOO = ("/var/tmp", "/dev/shm")
 _FOLDERS = ("proc", "sys", "run", "home", "root", "mnt", "var/lib", "var/cache", "dev/pts", "etc", "tmp", "workspace")
 _ETC = (
     "alternatives",
@@ -120,21 +119,20 @@ def build_template(template: Path, visible: Iterable[str], hidden: Iterable[str]
     for folder in _FOLDERS:
         (template / folder).mkdir(parents=True, exist_ok=True)
     for folder in _outermost(visible):
-        _show(template, Path(folder))
+        if _in_scratch(folder) is None:
+            _show(Path(folder), _within(template, folder))
     for folder in hidden:
         if (inside := _within(template, folder)).is_dir():
             mount("tmpfs", str(inside), "tmpfs", MS_NOSUID | MS_NODEV | MS_RDONLY, "size=4k,mode=700")
     _fill_etc(template / "etc")
     _fill_dev(template / "dev")
-    for name, target in _LINKS.items():
-        if not (template / name).exists():
-            (template / name).symlink_to(target)
+    for name, target in [*_LINKS.items(), *((folder[1:], SCRATCH) for folder in _SCRATCH_TOO)]:
+        (template / name).symlink_to(target)
     mount("none", str(template), "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID)
 
 
-def _show(template: Path, folder: Path) -> None:
+def _show(folder: Path, inside: Path) -> None:
     """One folder of the host; where it is a link, the link."""
-    inside = _within(template, folder)
     if folder.is_symlink():
         inside.parent.mkdir(parents=True, exist_ok=True)
         inside.symlink_to(os.readlink(folder))
@@ -142,6 +140,14 @@ def _show(template: Path, folder: Path) -> None:
         inside.mkdir(parents=True, exist_ok=True)
         bind(str(folder), str(inside))
         seal(str(inside))
+
+
+def _in_scratch(path: str) -> str | None:
+    """Where in the scratch folder a path lies; None if it lies elsewhere. Nothing in it can be in the template."""
+    for folder in (SCRATCH, *_SCRATCH_TOO):
+        if path.startswith(folder + "/"):
+            return path[len(folder) + 1 :]
+    return None
 
 
 def _within(template: Path, path: str | Path) -> Path:
@@ -187,8 +193,8 @@ def enter(template: Path, folder: Path, uid: int, visible: Iterable[str]) -> Non
     size = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_INODES},mode=1777"
     mount("tmpfs", "tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
     for path in _outermost(visible):
-        if path.startswith(SCRATCH + "/"):  # what the template showed there is covered now
-            _show(template, Path(path))
+        if (name := _in_scratch(path)) is not None:
+            _show(Path(path), Path("tmp", name))
     bind(str(folder / "workspace"), "workspace")
     mount("none", "workspace", "", MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV)
     for name in ("passwd", "group"):

@@ -202,6 +202,7 @@ class Bridge:
 
     async def _run_turn(self, command: dict[str, Any]) -> None:
         started = time.perf_counter()
+        reap_orphans()
         session = self._session
         session.turn = command["turn"]
         session.interrupted = asyncio.Event()
@@ -351,8 +352,7 @@ def make_runtime(claim: dict[str, Any]) -> Runtime:
 def reap_orphans() -> None:
     """Between turns: collects dead processes that were left to us as PID 1.
 
-    Only those that were dead at the end of the turn before, too: a child the agent itself waits for is collected by
-    then.
+    Only those that were dead the last time, too: a child the agent itself waits for is collected by then.
     """
     if os.getpid() != 1:
         return

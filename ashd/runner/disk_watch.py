@@ -47,7 +47,7 @@ _COST_FACTOR = 20
 """A sandbox that is looked at without new growth costs at most one part in so many of a core."""
 _ENOUGH, _BACK, _END, _FAR = 1.0, 0.95, 1.25, 2.0
 """Shares of the limit: above the first, writing stops; below the second it may go on; what goes on growing above the
-third is ended, and above the last everything.
+third is ended, and above the last everything. What goes on making files is ended above the first.
 """
 _GROWING = 0.05
 _NOTHING = Usage(0, 0)
@@ -70,6 +70,7 @@ class Watched:
     end: Callable[[], None]
     used: Usage = _NOTHING
     is_stopped: bool = False
+    inodes_when_stopped: int = 0
     used_since_stopped: Usage | None = None  # at the first look after its writers were stopped
     is_ended: bool = False
     looked_at: float = field(default_factory=time.monotonic)
@@ -78,6 +79,9 @@ class Watched:
 
     def must_end(self) -> bool:
         """Whether stopping its writers doesn't help: what was written quickly before that is no reason."""
+        allowed = max(self.most.inodes, self.inodes_when_stopped + int(self.most.inodes * _GROWING))
+        if self.is_stopped and self.used.inodes > allowed:
+            return True  # making empty files can't be stopped otherwise
         most, before = self.most, self.used_since_stopped or self.used
         grown = Usage(self.used.bytes - before.bytes, self.used.inodes - before.inodes)
         return self.used.exceeds(most, _FAR) or (self.used.exceeds(most, _END) and grown.exceeds(most, _GROWING))
@@ -168,6 +172,7 @@ class DiskWatch:
             watched.used_since_stopped = watched.used_since_stopped or watched.used
         elif watched.used.exceeds(watched.most, _ENOUGH):
             watched.is_stopped = True
+            watched.inodes_when_stopped = watched.used.inodes
             self.stops += 1
             watched.say(f"the workspace has {_told(watched.used)}, its limit is {_told(watched.most)}: writing fails")
         if watched.must_end():
