@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from ashd.runner import processes
 from ashd.runner.disk import Disk, allowance, shortage
-from ashd.runner.disk_watch import DiskWatch, Watched, descendants, set_writing, writing_is_stopped
+from ashd.runner.disk_watch import DiskWatch, Watched, set_writing, writing_is_stopped
 from ashd.runner.quota import Usage
 
 MIB = 1024 * 1024
@@ -219,14 +220,14 @@ def test_processes_born_while_writing_is_stopped_are_stopped_too(folder: Path) -
         folder,
         None,
         allowance(LIMIT),
-        lambda: [shell.pid, *descendants(shell.pid)],
+        lambda: processes.tree(shell.pid),
         bool,
         print,
         bool,
     )
     try:
         set_writing(watched, may=False)
-        for pid in [shell.pid, *descendants(shell.pid)]:
+        for pid in processes.tree(shell.pid):
             with contextlib.suppress(ProcessLookupError):
                 assert resource.prlimit(pid, resource.RLIMIT_FSIZE)[0] == 0
         set_writing(watched, may=True)
