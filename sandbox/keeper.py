@@ -209,7 +209,8 @@ class Keeper:
             self._cause = cause
             self._turn_deadline = FOREVER
             self._interrupted_as = self._interrupted_as or outcomes.of_cause(cause)  # whatever the bridge will say
-            self._kill_deadline = time.monotonic() + self._bounds["kill_timeout_s"]
+            grace_s = 0.0 if cause == outcomes.DISK else self._bounds["kill_timeout_s"]  # it would only write more
+            self._kill_deadline = time.monotonic() + grace_s
             self._bridge.send(encode_line({"type": "end"}))
 
     def _force(self) -> None:
