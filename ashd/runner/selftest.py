@@ -88,9 +88,16 @@ def setup_for(config: RunnerConfig, state_dir: Path) -> Setup:
     return Setup(
         template=str(template),
         visible=[*config.visible, *interpreter_folders()],
-        hidden=[str(state_dir)],
+        hidden=[str(_private(state_dir))],
         uid=int(config.uid_range.partition("-")[0]) if privileged else None,
     )
+
+
+def _private(state_dir: Path) -> Path:
+    """What no sandbox may see even if it lies in a visible folder: our state, and with the usual layout
+    (<data_dir>/runner) what lies beside it, the keys and the database of this installation.
+    """
+    return state_dir.parent if state_dir.name == "runner" else state_dir
 
 
 def report_of(config: RunnerConfig, shown: Mapping[str, Any]) -> Report:

@@ -84,10 +84,14 @@ def text_of(records: list[Record]) -> str:
 class Zygote:
     """A running zygote; `shown` is what its self-test showed, `level` the isolation it gives."""
 
-    def __init__(self, isolation: str = "auto") -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="ashd-zygote-"))
+    def __init__(self, isolation: str = "auto", within: Path | None = None) -> None:
+        """`within`: where to keep its state; its folder there is `folder`."""
+        self.folder = Path(tempfile.mkdtemp(prefix="ashd-zygote-", dir=within))
+        self.folder.chmod(0o711)
         config = RunnerConfig(isolation=isolation)
-        self.setup = setup_for(config, self._folder)
+        state_dir = self.folder / "runner"
+        state_dir.mkdir()
+        self.setup = setup_for(config, state_dir)
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.settimeout(DEADLINE_S)
         with theirs:
@@ -108,7 +112,7 @@ class Zygote:
     def __exit__(self, *_: object) -> None:
         self._ours.close()
         assert self.process.wait(DEADLINE_S) in (0, -signal.SIGKILL)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
 
 class Connection:

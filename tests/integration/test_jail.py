@@ -194,6 +194,18 @@ def test_a_report_names_every_attempt_and_demands_the_level() -> None:
     assert examine(RunnerConfig(isolation="none")).level == "none"
 
 
+def test_state_in_a_visible_folder_stays_unseen() -> None:
+    visible = Path("/opt")
+    if not os.access(visible, os.W_OK):
+        pytest.skip("/opt, which sandboxes may read, can't be written here")
+    with Zygote(within=visible) as zygote, Host(zygote) as host:
+        (zygote.folder / "internal-secret").write_text("secret")
+        sandbox = strict(host)
+        assert shell(sandbox, "ls /opt")[0] == 0
+        assert "denied" in shell(sandbox, f"ls {zygote.folder}")[1]
+        assert shell(sandbox, f"cat {zygote.folder}/internal-secret")[0] != 0
+
+
 def test_sandboxes_of_one_zygote_do_not_share_random_numbers(host: Host) -> None:
     draw = "import random, uuid\nasync def turn(message, session):\n    yield f'{random.random()} {uuid.uuid4()}'\n"
     drawn = [text_of(host.agent(draw).turn("?")) for _ in range(3)]
