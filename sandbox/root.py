@@ -3,7 +3,7 @@
 Covers: the template, built once by the zygote in a mount namespace of its own; entering it, by each bridge in one of
 its own. Leaves out: who may do that (jail.py), what lies in a workspace (ashd.runner).
 
-    /usr /bin /lib … /opt     the host's, as configured (`visible`), with the interpreter ashd runs on
+    /usr /bin /lib …          the host's, as configured (`visible`), with the interpreter ashd runs on
     /etc                      what programs need of it to run; no secrets, no accounts but the sandbox's own
     /dev /proc                its own
     /tmp, /var/tmp, /dev/shm  one empty folder of SCRATCH_BYTES in memory, charged to the sandbox

@@ -237,8 +237,9 @@ class RunnerConfig:
     """Network of agents that don't say: `none`, or `host`, which is all of this host's, its loopback included. Agents
     of the claude runtime, which can't work without, get `host`."""
 
-    visible: tuple[str, ...] = setting(("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/nix"))
-    """Folders of this host that sandboxes may read; the interpreter ashd runs on is always among them."""
+    visible: tuple[str, ...] = setting(("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store"))
+    """Folders of this host that sandboxes may read: programs, no data. Add /opt, say, if tools are there and nothing
+    else is. The interpreter ashd runs on is always among them."""
 
     uid_range: str = setting("210000-219999")
     """User ids given to sandboxes, one each, when the runner is privileged."""

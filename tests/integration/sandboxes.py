@@ -85,10 +85,11 @@ class Zygote:
     """A running zygote; `shown` is what its self-test showed, `level` the isolation it gives."""
 
     def __init__(self, isolation: str = "auto", within: Path | None = None) -> None:
-        """`within`: where to keep its state; its folder there is `folder`."""
+        """`within`: where to keep its state, and a folder sandboxes may read; its own folder there is `folder`."""
         self.folder = Path(tempfile.mkdtemp(prefix="ashd-zygote-", dir=within))
         self.folder.chmod(0o711)
-        config = RunnerConfig(isolation=isolation)
+        visible = (*RunnerConfig().visible, *([str(within)] if within else []))
+        config = RunnerConfig(isolation=isolation, visible=visible)
         state_dir = self.folder / "runner"
         state_dir.mkdir()
         self.setup = setup_for(config, state_dir)
