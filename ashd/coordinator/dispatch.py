@@ -117,6 +117,13 @@ class Dispatcher:
         except Unavailable as error:
             await sessions.fail_start(self._db, session.id, session.epoch, error.message)
             raise
+        except Conflict:
+            current = await sessions.get(self._db, session.tenant_id, session.id)
+            if current.status != "paused":
+                raise
+            # Its sandbox was ready and died before the runner could say so. Nobody has been told of the session.
+            await sessions.end(self._db, session.tenant_id, session.id)
+            raise Unavailable("the session's sandbox died as it started; try again", code="sandbox.gone") from None
 
     async def _ask_to_start(self, session: sessions.Session) -> runner_pb2.StartSessionResponse:
         spec = json.loads(session.agent_spec)

@@ -141,7 +141,8 @@ class SandboxTask:
 
     async def call(self, command: str, within_s: float, **fields: Any) -> dict[str, Any]:
         """A command to the keeper and its answer. Raises Rejected (the keeper's refusal), Unavailable (no answer)."""
-        if self._writer is None or self.state is State.GONE:
+        # A closing connection has to be asked about: uvloop raises RuntimeError for writing to it.
+        if self._writer is None or self._writer.is_closing() or self.state is State.GONE:
             raise Unavailable("the sandbox is gone", code="sandbox.gone")
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()

@@ -117,8 +117,9 @@ def kill_supervisor(fleet: Fleet, runner: Part, census: Census) -> None:
 
 def kill_zygote(fleet: Fleet, runner: Part, census: Census) -> None:
     for process in runner.children("ashd: zygote"):
-        if process.ppid() == runner.process.pid:
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # the supervisor replaces them as we look
+            if process.ppid() == runner.process.pid:
+                process.kill()
 
 
 def kill_newest_keeper(fleet: Fleet, runner: Part, census: Census) -> None:
