@@ -30,7 +30,7 @@ MIB = 1024 * 1024
 _WARN_AT_PERCENT = 85
 _LOOK_EVERY_S = 0.01
 _KILL_WITHIN_S = 1.0  # of a limit being hit; mostly it is reclaimed from instead, and nobody is killed
-_NAME_WITHIN_S = 2.0  # of a kill, because dying takes time; then its victim was none of the programs we remember
+_NAME_WITHIN_S = 5.0  # of a kill, because dying takes time; then its victim was none of the programs we remember
 _DIED_WITHIN_S = 0.25  # before a kill was counted
 _DEATHS = 32
 _IN_MODIFY = 2
@@ -216,7 +216,7 @@ class _Version2:
         self._folder = folder
         self._inotify = -1
         self._high = self._oom = self._tools_oom = 0
-        self._whole = True
+        self._hits_of_tools = 0  # of the tools' own limit, for which nobody was told of yet
 
     def watch(self) -> list[int]:
         """The descriptor that tells; none where it can't be had."""
@@ -236,10 +236,8 @@ class _Version2:
         before = self._oom, self._tools_oom
         self._oom = _field(self._folder / "memory.events", "oom")
         self._tools_oom = _field(self._folder / "tools" / "memory.events", "oom")
-        if before == (self._oom, self._tools_oom):
-            return False
-        self._whole = self._tools_oom == before[1]
-        return True
+        self._hits_of_tools += self._tools_oom - before[1]
+        return before != (self._oom, self._tools_oom)
 
     def kills(self) -> dict[str, int]:
         """How many processes were killed so far."""
@@ -253,7 +251,10 @@ class _Version2:
 
     def limit_and_peak(self, scope: str) -> tuple[int, int]:
         """Of the group whose limit killed somebody of `scope`. Before Linux 5.19 there is no peak but the limit."""
-        folder = self._folder / "tools" if scope == TOOL and not self._whole else self._folder
+        folder = self._folder
+        if scope == TOOL and self._hits_of_tools > 0:
+            self._hits_of_tools -= 1
+            folder /= "tools"
         limit = _number(folder / "memory.max")
         return limit, _number(folder / "memory.peak") or limit
 

@@ -72,6 +72,8 @@ class SandboxHost:
         tasks.create_task(self._zygote.run(started), name="zygote")
         await asyncio.wait_for(started.wait(), self._config.spawn_timeout)
         report = selftest.report_of(self._config, self._zygote.shown)
+        if not report.is_enough:
+            self.close()
         report.demand()
         self.isolation = report.level
         self.folder.chmod(0o711 if report.level == "standard" else 0o700)
