@@ -265,8 +265,7 @@ class Keeper:
         self._life = Life.LOADING
         self._supervisor.answer_later(command)
         set_title(f"ashd: keeper {command['session']}")
-        for descriptor in self._memory.watch():
-            self._selector.register(descriptor, selectors.EVENT_READ, self._memory_changed)
+        self._watch_memory(self._memory.begin())
         self._bridge.send(encode_line({"type": "claim", **agent}))
 
     def _start_turn(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -337,6 +336,7 @@ class Keeper:
             self._settle(body)
         elif tag == Tag.JAILED and self._life is Life.JAILING:
             self._live(Life.WARM)
+            self._watch_memory(self._memory.watch())
         elif tag == Tag.READY and self._life is Life.LOADING:
             self._live(Life.READY)
             self._supervisor.answer({"ready": True})
@@ -388,6 +388,10 @@ class Keeper:
             self._logs.write("system", text)
 
     # ------------------------------------------------------------ memory
+
+    def _watch_memory(self, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._memory_changed)
 
     def _memory_changed(self, _: int) -> None:
         if self._execs:

@@ -98,14 +98,21 @@ class Memory:
             self._files = (_Version1 if group["version"] == 1 else _Version2)(Path(group["folder"]))
 
     def watch(self) -> list[int]:
-        """Begins, the limits being what they will be; the descriptors that are readable when `look` should be called.
+        """The descriptors that are readable when `look` should be called; for a warm sandbox, with the limits it has.
 
         A host without any is asked where it matters: when a program dies, and when a turn ends.
+        """
+        return [] if self._files is None else self._files.watch()
+
+    def begin(self) -> list[int]:
+        """From now on a session's agent runs, with the limits there are now; a further descriptor where that takes one.
+
+        PERF: only other limits cost something here: version 1 waits for a grace period of RCU, some 10 ms.
         """
         if self._files is None:
             return []
         self._counts = self._files.kills()
-        return self._files.watch()
+        return self._files.watch_again()
 
     def begin_turn(self) -> None:
         """From now on, another warning may be given."""
@@ -166,21 +173,33 @@ class _Version1:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._neared = self._sandbox_hit = self._tools_hit = -1
+        self._neared = self._of_limit_before = self._sandbox_hit = self._tools_hit = -1
+        self._threshold = 0
         self._above = False
         self._whole = True  # the last limit that was hit was the sandbox's, not the tools' own
 
     def watch(self) -> list[int]:
         """The descriptors that tell; fewer where the kernel has no notifications. Thresholds are absolute."""
-        limit = _number(self._folder / "memory.limit_in_bytes")
-        self._threshold = limit * _WARN_AT_PERCENT // 100
+        self._threshold = self._warn_at()
         self._neared = _notification(self._folder, "memory.usage_in_bytes", self._threshold)
         self._sandbox_hit = _notification(self._folder, "memory.oom_control")
         self._tools_hit = _notification(self._folder / "tools", "memory.oom_control")
         return [descriptor for descriptor in (self._neared, self._sandbox_hit, self._tools_hit) if descriptor >= 0]
 
+    def watch_again(self) -> list[int]:
+        """A descriptor that tells of the limit there is now, if it is another."""
+        if self._warn_at() == self._threshold:
+            return []
+        self._threshold, self._of_limit_before = self._warn_at(), self._neared
+        self._neared = _notification(self._folder, "memory.usage_in_bytes", self._threshold)
+        return [self._neared] if self._neared >= 0 else []
+
+    def _warn_at(self) -> int:
+        return _number(self._folder / "memory.limit_in_bytes") * _WARN_AT_PERCENT // 100
+
     def limit_was_neared(self) -> bool:
         """Whether usage has gone above the threshold since the last look; a crossing is told in both directions."""
+        _taken(self._of_limit_before)
         if not _taken(self._neared):
             return False
         was_above, self._above = self._above, self.used_and_limit()[0] >= self._threshold
@@ -224,6 +243,10 @@ class _Version2:
         self.limit_was_hit()
         self._inotify = _changes_of(self._folder / "memory.events")
         return [self._inotify] if self._inotify >= 0 else []
+
+    def watch_again(self) -> list[int]:
+        """Nothing: memory.events tells of whatever limit there is."""
+        return []
 
     def limit_was_neared(self) -> bool:
         """Whether somebody was slowed down for going above memory.high since the last look."""
