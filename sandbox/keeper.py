@@ -45,6 +45,7 @@ from sandbox.title import set_title
 _DISK_RETRY_S = 0.5
 _REMEMBERED_TURNS = 1024
 _MAX_COMPLAINTS = 100
+_CLAIMED_COLD_WITHIN_S = 0.1  # a sandbox made for a session gets it at once
 _BAD_FRAMES_AN_EVENT = 10  # cost as much as one, where an agent's pace is kept
 _MAX_KILLS = 100
 _EVENTS_PER_S = 500
@@ -132,7 +133,7 @@ class Keeper:
         self._cause = ""  # why the sandbox ends, where we know it before it does
         self._agent_kill: Kill | None = None  # of this turn; one of an earlier turn explains nothing now
         self._kills_told = 0
-        self._turn_deadline = self._kill_deadline = self._disk_retry_at = FOREVER
+        self._turn_deadline = self._kill_deadline = self._disk_retry_at = self._watch_memory_at = FOREVER
         self._complaints = 0
         self._timing_wanted = self._timing_due = False
         self._grew = False
@@ -180,7 +181,7 @@ class Keeper:
         names_at = self._execs.deadline if self._execs else FOREVER
         go_on_at = self._pace.resume_at if self._pace.resume_at > now else FOREVER
         deadlines = (self._turn_deadline, self._kill_deadline, self._disk_retry_at, self._memory.deadline)
-        first = min(*deadlines, names_at, go_on_at)
+        first = min(*deadlines, self._watch_memory_at, names_at, go_on_at)
         return None if first == FOREVER else max(0.0, first - now)
 
     def _meet_deadlines(self) -> None:
@@ -192,6 +193,8 @@ class Keeper:
             self._force()
         if self._execs and now >= self._execs.deadline:
             self._execs.catch_up()
+        if now >= self._watch_memory_at:
+            self._watch_memory()
         if now >= self._memory.deadline:
             self._memory.look()
 
@@ -265,7 +268,8 @@ class Keeper:
         self._life = Life.LOADING
         self._supervisor.answer_later(command)
         set_title(f"ashd: keeper {command['session']}")
-        self._watch_memory(self._memory.begin())
+        self._memory.begin()
+        self._watch_memory_at = FOREVER
         self._bridge.send(encode_line({"type": "claim", **agent}))
 
     def _start_turn(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -336,9 +340,10 @@ class Keeper:
             self._settle(body)
         elif tag == Tag.JAILED and self._life is Life.JAILING:
             self._live(Life.WARM)
-            self._watch_memory(self._memory.watch())
+            self._watch_memory_at = time.monotonic() + _CLAIMED_COLD_WITHIN_S
         elif tag == Tag.READY and self._life is Life.LOADING:
             self._live(Life.READY)
+            self._watch_memory_at = 0.0  # once this is said
             self._supervisor.answer({"ready": True})
         elif tag == Tag.FAILED and self._life is Life.LOADING:
             error = text_of(body, "error", "the agent could not be loaded")
@@ -389,8 +394,9 @@ class Keeper:
 
     # ------------------------------------------------------------ memory
 
-    def _watch_memory(self, descriptors: list[int]) -> None:
-        for descriptor in descriptors:
+    def _watch_memory(self) -> None:
+        self._watch_memory_at = FOREVER
+        for descriptor in self._memory.watch():
             self._selector.register(descriptor, selectors.EVENT_READ, self._memory_changed)
 
     def _memory_changed(self, _: int) -> None:

@@ -89,7 +89,7 @@ class Memory:
         """When `look` wants to be called, if nothing calls it before."""
         self._files: _Version1 | _Version2 | None = None
         self._killed, self._warned = killed, warned
-        self._may_warn = False
+        self._may_warn = self._is_watching = False
         self._counts = {TOOL: 0, AGENT: 0}
         self._nameless: deque[tuple[str, float]] = deque()  # kills without a victim: scope, until when one may turn up
         self._dead: deque[tuple[Program, bool, float]] = deque(maxlen=_DEATHS)  # died, surely killed, until when
@@ -98,21 +98,21 @@ class Memory:
             self._files = (_Version1 if group["version"] == 1 else _Version2)(Path(group["folder"]))
 
     def watch(self) -> list[int]:
-        """The descriptors that are readable when `look` should be called; for a warm sandbox, with the limits it has.
+        """The descriptors that are readable when `look` should be called, with the limits there are now; called again,
+        those that came since. A host without any is asked where it matters: when a program dies, and when a turn ends.
 
-        A host without any is asked where it matters: when a program dies, and when a turn ends.
-        """
-        return [] if self._files is None else self._files.watch()
-
-    def begin(self) -> list[int]:
-        """From now on a session's agent runs, with the limits there are now; a further descriptor where that takes one.
-
-        PERF: only other limits cost something here: version 1 waits for a grace period of RCU, some 10 ms.
+        PERF: version 1 waits for a grace period of RCU, some 10 ms; so not while somebody waits for the sandbox.
         """
         if self._files is None:
             return []
-        self._counts = self._files.kills()
-        return self._files.watch_again()
+        watch = self._files.watch_again if self._is_watching else self._files.watch
+        self._is_watching = True
+        return watch()
+
+    def begin(self) -> None:
+        """From now on a session's agent runs: who was killed before explains nothing."""
+        if self._files is not None:
+            self._counts = self._files.kills()
 
     def begin_turn(self) -> None:
         """From now on, another warning may be given."""
