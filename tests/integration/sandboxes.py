@@ -399,7 +399,7 @@ class Host:
                 hierarchy.parent.parent.rmdir()
         if kind is None:
             assert not left, left
-            assert opened == 0, f"{opened} descriptors left open"
+            assert opened <= 0, f"{opened} descriptors left open"  # fewer: garbage of an earlier test was collected
 
     def _end(self, made: Sandbox) -> list[str]:
         """Ends a sandbox as a supervisor would; what would not end."""
