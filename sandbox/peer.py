@@ -6,7 +6,8 @@ import selectors
 import socket
 from collections.abc import Callable
 
-READ_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024
+"""At once. More would keep a keeper from its supervisor for longer, where it is thousands of tiny frames."""
 _REST_READS = 64
 
 

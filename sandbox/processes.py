@@ -21,7 +21,7 @@ from sandbox.peer import READ_BYTES, Peer
 from sandbox.protocol import MAX_COMMAND_BYTES
 
 _KILL_ROUNDS = 100
-_LAST_LOG_READS = 16  # of READ_BYTES: more than a pipe can be made to hold
+_LAST_LOG_READS = 32  # of READ_BYTES: more than a pipe can be made to hold
 
 
 class Processes:

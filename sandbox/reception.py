@@ -12,8 +12,10 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sandbox.peer import READ_BYTES, Peer
+from sandbox.peer import Peer
 from sandbox.protocol import MAX_COMMAND_BYTES, LineReader, encode_line
+
+_UNTAKEN_BYTES = 256 * 1024
 
 Command = Callable[[dict[str, Any]], dict[str, Any] | None]
 
@@ -90,7 +92,7 @@ class Reception:
             for line in commands.feed(data):
                 self._obey(json.loads(line))
 
-        self._supervisor = Peer(connection, self._selector, received, READ_BYTES)
+        self._supervisor = Peer(connection, self._selector, received, _UNTAKEN_BYTES)
         self._unanswered = None
         self.tell({"hello": self._standing()})
 
